@@ -1,0 +1,1 @@
+"""Encoder -> numbers, and part maps -> numbers; one protocol a file."""

@@ -1,0 +1,106 @@
+"""What the verbs `knn` and `probe` compute."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureConfig:
+    """Which frozen features of which pictures are scored."""
+
+    checkpoint: str = ""
+    """Run folder (its newest whole checkpoint) or one checkpoint file."""
+    encoder: str = ""
+    """Instead of a checkpoint: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    data: str = ""
+    """Shard set with classes: the training split."""
+    images: str = ""
+    """Instead of a shard set: pictures in class folders."""
+    val_data: str = ""
+    """Shard set of the test split; without one, every fifth picture in a seeded order is held out."""
+    val_images: str = ""
+    """Instead of a shard set: pictures of the test split in class folders."""
+    size: int | None = None
+    """Side of the encoder's input in pixels; its own unless told."""
+    tokens: Literal["full", "kept"] = "full"
+    """full: every patch. kept: the quarter of patches best in the foreground rank (shard sets only)."""
+    pool: Literal["class", "mean"] = "class"
+    """The feature: the class token, or the mean of the patch tokens, both after the final norm."""
+    batch_size: int = 64
+    """Pictures the encoder sees at once."""
+    seed: int = 0
+    """The one seed of the run."""
+    json: Path | None = None
+    """Also write the rows to this file, as one JSON list."""
+    out: Path | None = None
+    """Folder whose results.jsonl the rows are added to; unless told, the checkpoint's run folder or ./runs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the encoder runs; auto takes cuda, then mps, then cpu."""
+    threads: int = 2
+    """Threads that read and decode pictures."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self):
+        _exactly_one(self, "checkpoint", "encoder")
+        _exactly_one(self, "data", "images")
+        if self.val_data and self.val_images:
+            raise ValueError("the test split is either --val-data or --val-images, got both")
+        if self.tokens == "kept" and (self.images or self.val_images):
+            raise ValueError(
+                "--tokens kept needs the foreground rank of a shard set; use --data and --val-data"
+            )
+        if self.batch_size < 1 or self.threads < 1:
+            raise ValueError(
+                f"batch_size and threads must be at least 1, got {self.batch_size} and {self.threads}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnConfig(FeatureConfig):
+    """Weighted k-NN classification on frozen features (DINO, arXiv:2104.14294)."""
+
+    neighbours: int = 20
+    """Nearest training pictures that vote; at most all of them."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+
+    def __post_init__(self):
+        FeatureConfig.__post_init__(self)
+        if self.neighbours < 1:
+            raise ValueError(f"neighbours must be at least 1, got {self.neighbours}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeConfig(FeatureConfig):
+    """Linear probe on frozen features of centre crops (MAE, arXiv:2111.06377, appendix A.1)."""
+
+    epochs: int = 90
+    """Passes over the training features."""
+    base_lr: float = 0.1
+    """LARS learning rate at 256 features a step; scales with the batch."""
+    warmup_epochs: float = 10.0
+    """Epochs of rising learning rate."""
+    probe_batch: int | None = None
+    """Features a step; MAE's 16,384 unless told; below 10,000 pictures 256, at the rate of 16,384."""
+
+    def __post_init__(self):
+        FeatureConfig.__post_init__(self)
+        if self.epochs < 1 or (self.probe_batch is not None and self.probe_batch < 2):
+            raise ValueError(
+                f"epochs must be at least 1, probe_batch at least 2, got {self.epochs}, {self.probe_batch}"
+            )
+        if self.base_lr <= 0 or self.warmup_epochs < 0:
+            raise ValueError(
+                "base_lr must be above 0 and warmup_epochs not negative, got "
+                f"{self.base_lr} and {self.warmup_epochs}"
+            )
+
+
+def _exactly_one(config: FeatureConfig, first: str, second: str) -> None:
+    if bool(getattr(config, first)) == bool(getattr(config, second)):
+        got = "both" if getattr(config, first) else "neither"
+        raise ValueError(f"give either --{first} or --{second}, got {got}")

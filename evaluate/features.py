@@ -1,0 +1,250 @@
+"""Frozen features of a split, computed once and kept.
+
+Pictures are centre squares, resized straight to the encoder's input: DINO's 256-to-224 margin is left out, so
+that a shard set, square already, shows what a folder of the same pictures shows. No flips, no augmentation.
+"""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Integer, UInt8
+from torch import Tensor
+
+from evaluate.config import FeatureConfig
+from partlearn.encoders import Encoder, load_encoder
+from shards.atomic import sha256_file, sha256_json
+from shards.dataset import ShardSet
+from shards.order import permutation
+from shards.pictures import Picture, PictureError, PictureList, decode_rgb, list_pictures, read_bytes, square
+from shards.stream import in_order
+from training.checkpoint import find
+from training.device import pick_device
+from training.progress import Progress
+
+HELD_OUT = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledBatch:
+    """Some pictures of a split, their classes and, from a shard set, their foreground ranks."""
+
+    images: UInt8[np.ndarray, "batch side side 3"]
+    class_ids: Int64[np.ndarray, " batch"]
+    fgrank: Integer[np.ndarray, "batch rows cols"] | None
+
+
+@dataclass(slots=True)
+class Split:
+    """Pictures with classes: a shard set, or a list of files."""
+
+    source: str
+    pictures: ShardSet | PictureList
+    unreadable: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pictures) if isinstance(self.pictures, ShardSet) else len(self.pictures.pictures)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.pictures.classes)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.pictures.fingerprint if isinstance(self.pictures, ShardSet) else self.pictures.digest
+
+    def batches(self, *, size: int, batch_size: int, threads: int) -> Iterator[LabelledBatch]:
+        """Every picture once, in order. Files that cannot be read are left out and noted in `unreadable`."""
+        if isinstance(self.pictures, ShardSet):
+            for batch in in_order(self.pictures, batch_size=batch_size, threads=threads):
+                yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
+            return
+        self.unreadable.clear()
+        listed = self.pictures.pictures
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(listed), batch_size):
+                chosen = listed[start : start + batch_size]
+                tries = list(pool.map(lambda picture: _pixels(picture, size), chosen))
+                self.unreadable += [found for found in tries if isinstance(found, str)]
+                read = [(p, t) for p, t in zip(chosen, tries, strict=True) if not isinstance(t, str)]
+                if read:
+                    class_ids = np.array([picture.class_id for picture, _ in read], dtype=np.int64)
+                    yield LabelledBatch(np.stack([pixels for _, pixels in read]), class_ids, None)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainAndTest:
+    """Features of both splits and what they came from."""
+
+    train: Float[Tensor, "train dim"]
+    train_labels: Int64[Tensor, " train"]
+    test: Float[Tensor, "test dim"]
+    test_labels: Int64[Tensor, " test"]
+    classes: int
+    checkpoint: str
+    checkpoint_sha256: str
+    data_fingerprint: str
+
+    @classmethod
+    def of(cls, config: FeatureConfig) -> Self:
+        """Load the encoder and the pictures that `config` names and compute all features, in fp32."""
+        train = load_split(config.data, config.images)
+        test = (
+            load_split(config.val_data, config.val_images) if config.val_data or config.val_images else None
+        )
+        encoder, checkpoint_sha256 = open_encoder(config, train)
+
+        def features_of(split: Split) -> tuple[Tensor, Tensor]:
+            return extract_features(
+                encoder,
+                split,
+                tokens=config.tokens,
+                pool=config.pool,
+                batch_size=config.batch_size,
+                threads=config.threads,
+            )
+
+        features, labels = features_of(train)
+        classes = len(train.classes) or int(labels.max()) + 1
+        if test is None:
+            held = held_out(len(labels), config.seed)
+            split = features[~held], labels[~held], features[held], labels[held]
+            fingerprint = train.fingerprint
+        else:
+            test_features, test_labels = features_of(test)
+            split = features, labels, test_features, same_classes(test_labels, test, train)
+            fingerprint = sha256_json([train.fingerprint, test.fingerprint])
+        return cls(*split, classes, config.checkpoint or config.encoder, checkpoint_sha256, fingerprint)
+
+
+def load_split(data: str, images: str) -> Split:
+    """The shard set at `data`, or else the pictures at `images`.
+
+    Raises:
+        ValueError: Some pictures have no class.
+    """
+    pictures = ShardSet.open(Path(data)) if data else list_pictures(images)
+    split = Split(data or images, pictures)
+    if isinstance(pictures, ShardSet):
+        class_ids = np.asarray(pictures.class_ids)
+    else:
+        class_ids = np.array([picture.class_id for picture in pictures.pictures], dtype=np.int64)
+    missing = int((class_ids < 0).sum())
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(class_ids)} pictures in {split.source} have no class, and this protocol "
+            "needs one for each; sort them into one folder a class"
+        )
+    return split
+
+
+def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
+    """The encoder and the SHA-256 of its weights: a checkpoint's file, else the tensors as loaded."""
+    source = f"run:{find(Path(config.checkpoint))}" if config.checkpoint else config.encoder
+    grid = train.pictures.grid if config.tokens == "kept" and isinstance(train.pictures, ShardSet) else None
+    device = pick_device(config.device)
+    if config.size is None:
+        encoder = load_encoder(source, grid=grid, device=device, precision="fp32")
+    else:
+        encoder = load_encoder(source, size=config.size, device=device, precision="fp32")
+    if config.checkpoint:
+        return encoder, sha256_file(Path(source.removeprefix("run:")))
+    return encoder, encoder.fingerprint
+
+
+def extract_features(
+    encoder: Encoder,
+    split: Split,
+    *,
+    tokens: Literal["full", "kept"] = "full",
+    pool: Literal["class", "mean"] = "class",
+    batch_size: int = 64,
+    threads: int = 2,
+) -> tuple[Float[Tensor, "pictures dim"], Int64[Tensor, " pictures"]]:
+    """One feature and one class id for every picture of `split` that can be read, on the CPU.
+
+    Raises:
+        ValueError: No picture could be read, or `tokens` is kept and the ranks are of another grid.
+    """
+    progress = Progress(len(split), f"features of {split.source}", "pictures")
+    features, labels = [], []
+    for batch in split.batches(size=encoder.size, batch_size=batch_size, threads=threads):
+        ids = kept_patches(batch.fgrank, encoder.grid, split.source) if tokens == "kept" else None
+        found = encoder(torch.from_numpy(batch.images), ids)
+        features.append((found.class_token if pool == "class" else found.patch_tokens.mean(dim=1)).cpu())
+        labels.append(torch.from_numpy(np.asarray(batch.class_ids, dtype=np.int64)))
+        progress.advance(len(batch.images))
+    progress.close()
+    if split.unreadable:
+        left_out, first = len(split.unreadable), split.unreadable[0]
+        print(
+            f"{left_out} of {len(split)} pictures in {split.source} could not be read and are left out; "
+            f"the first is {first}",
+            file=sys.stderr,
+        )
+    if not features:
+        raise ValueError(
+            f"not one of the {len(split)} pictures in {split.source} could be read; check the files"
+        )
+    return torch.cat(features).float(), torch.cat(labels)
+
+
+def kept_patches(
+    fgrank: Integer[np.ndarray, "batch rows cols"] | None, grid: int, source: str
+) -> Int64[Tensor, "batch kept"]:
+    """The quarter of patches best in the foreground rank, in reading order."""
+    if fgrank is None or fgrank.shape[1] != grid:
+        stored = "no foreground ranks" if fgrank is None else f"ranks of {fgrank.shape[1]} cells a side"
+        raise ValueError(
+            f"--tokens kept needs foreground ranks of {grid} cells a side, the encoder's grid, but "
+            f"{source} holds {stored}; drop --size or use a shard set of that grid"
+        )
+    order = fgrank.reshape(len(fgrank), -1).astype(np.int64).argsort(axis=1, kind="stable")
+    return torch.from_numpy(np.sort(order[:, : grid * grid // 4], axis=1))
+
+
+def held_out(count: int, seed: int) -> Tensor:
+    """True for every fifth of `count` pictures in the order that `seed` gives.
+
+    Raises:
+        ValueError: There are fewer than five.
+    """
+    if count < HELD_OUT:
+        raise ValueError(
+            f"holding out every {HELD_OUT}th picture needs at least {HELD_OUT} pictures, got {count}; "
+            "add pictures or a test split (--val-data, --val-images)"
+        )
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.from_numpy(np.asarray(permutation(count, seed=seed, epoch=0)))[::HELD_OUT]] = True
+    return held
+
+
+def same_classes(labels: Int64[Tensor, " pictures"], test: Split, train: Split) -> Int64[Tensor, " pictures"]:
+    """Class ids of the test split in the training split's numbers, matched by name where both have names.
+
+    Raises:
+        ValueError: The test split has a class that the training split lacks.
+    """
+    if not test.classes or not train.classes or test.classes == train.classes:
+        return labels
+    unknown = sorted(set(test.classes) - set(train.classes))
+    if unknown:
+        raise ValueError(
+            f"{test.source} has {len(unknown)} classes that {train.source} lacks ({', '.join(unknown[:3])}); "
+            "both splits need the same class names"
+        )
+    return torch.tensor([train.classes.index(name) for name in test.classes])[labels]
+
+
+def _pixels(picture: Picture, size: int) -> UInt8[np.ndarray, "side side 3"] | str:
+    """A picture's centre square as an array, or why there is none."""
+    try:
+        image, _ = square(decode_rgb(read_bytes(picture)), size)
+    except PictureError as error:
+        return f"{picture.name} ({error})"
+    return np.asarray(image)

@@ -1,0 +1,117 @@
+"""A number with everything it came from, as one line of results.jsonl."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluate.config import FeatureConfig
+from evaluate.features import TrainAndTest
+from shards.atomic import sha256_json, write_json
+from training.run import as_json, package_versions
+
+WHERE = ("checkpoint", "encoder", "data", "images", "val_data", "val_images", "json", "out")
+HOW_FAST = ("device", "threads", "debug")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One row."""
+
+    protocol: str
+    """`knn`, `probe`, ..."""
+    metric: str
+    """`top1`, `top5`: percent of test pictures whose class is the best guess, or among the best five."""
+    value: float
+    checkpoint: str
+    """The path or encoder source as the caller named it."""
+    checkpoint_sha256: str
+    """Of the checkpoint file; for an encoder source, of its tensors as loaded."""
+    config_sha256: str
+    """Of the protocol's settings alone: no paths, no seed. Rows with equal hashes may be compared."""
+    data_fingerprint: str
+    seed: int
+    epochs: int
+    """Epochs the protocol itself trained; 0 for k-NN."""
+    versions: dict[str, str]
+    time: str
+    """When the number was found: ISO 8601, UTC."""
+
+
+def rows_of(
+    config: FeatureConfig,
+    found: TrainAndTest,
+    values: dict[str, float],
+    *,
+    protocol: str,
+    epochs: int,
+    time: str,
+) -> list[Result]:
+    """One row a metric of `values`."""
+    settings = {
+        name: value
+        for name, value in as_json(config).items()
+        if name not in (*WHERE, *HOW_FAST, "batch_size", "seed")
+    }
+    return [
+        Result(
+            protocol=protocol,
+            metric=metric,
+            value=value,
+            checkpoint=found.checkpoint,
+            checkpoint_sha256=found.checkpoint_sha256,
+            config_sha256=sha256_json({"protocol": protocol} | settings),
+            data_fingerprint=found.data_fingerprint,
+            seed=config.seed,
+            epochs=epochs,
+            versions=package_versions(),
+            time=time,
+        )
+        for metric, value in values.items()
+    ]
+
+
+def write_results(config: FeatureConfig, rows: Sequence[Result]) -> None:
+    """Add the rows to the results.jsonl they belong to, and write `--json` when asked."""
+    append_results(results_path(config.checkpoint, config.out), rows)
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.json, [dataclasses.asdict(row) for row in rows])
+
+
+def results_path(checkpoint: str, out: Path | None) -> Path:
+    """results.jsonl in `out`, else in the run folder that `checkpoint` lies in, else in ./runs."""
+    if out is not None:
+        return out / "results.jsonl"
+    if not checkpoint:
+        return Path("runs") / "results.jsonl"
+    path = Path(checkpoint)
+    for folder in (path, *path.parents):
+        if (folder / "config.json").is_file():
+            return folder / "results.jsonl"
+    return (path if path.is_dir() else path.parent) / "results.jsonl"
+
+
+def append_results(path: Path, rows: Sequence[Result]) -> None:
+    """Add the rows to `path`, one JSON line each: all of them and on disk, or none.
+
+    Other processes wait meanwhile. Half a line that a crash left at the end is cut off first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(dataclasses.asdict(row), sort_keys=True) + "\n" for row in rows).encode()
+    with open(path, "a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        try:
+            written = 0
+            while written < len(lines):
+                written += file.write(lines[written:])
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise

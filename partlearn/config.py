@@ -1,0 +1,177 @@
+"""What the verbs of stage 1 compute: `encoder`, `learn-parts`, and the labels of `extract`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from training.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """A small ViT trained on a folder of pictures by DINO + iBOT self-distillation."""
+
+    images: str
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    size: int = 224
+    """Side of a global crop in pixels."""
+    local_size: int = 96
+    """Side of a local crop in pixels."""
+    local_crops: int = 6
+    """Local crops a picture."""
+    patch: int = 16
+    """Patch side in pixels."""
+    dim: int = 384
+    """Width of the ViT."""
+    depth: int = 12
+    """Blocks of the ViT."""
+    heads: int = 6
+    """Attention heads a block."""
+    prototypes: int = 4096
+    """Outputs of the projection head, shared by class and patch tokens."""
+    mask_share: float = 0.3
+    """Share of a global crop's patches hidden from the student, in block-shaped pieces."""
+    epochs: int = 100
+    """Passes over the pictures."""
+    batch_size: int = 256
+    """Pictures a step."""
+    base_lr: float = 5e-4
+    """Learning rate at 256 pictures a step; scales with the batch."""
+    warmup_epochs: float = 10.0
+    """Epochs of rising learning rate."""
+    weight_decay: float = 0.04
+    """AdamW's decay; none on biases and norms."""
+    teacher_momentum: float = 0.996
+    """Momentum of the teacher's weights at the start; a cosine takes it to 1."""
+    seed: int = 0
+    """The one seed of the run."""
+    run: RunConfig
+
+    def __post_init__(self):
+        for name in ("size", "local_size"):
+            if getattr(self, name) % self.patch:
+                raise ValueError(
+                    f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}"
+                )
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads {self.heads}, got {self.dim}")
+        if not 0 <= self.mask_share < 1:
+            raise ValueError(f"mask_share must lie in [0, 1), got {self.mask_share}")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnConfig:
+    """A part learner (SemMAE, section 3.1). The paper's literal form: `--target pixels --where everywhere
+    --init heads --softmax positions --no-relative --no-background`."""
+
+    images: str
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    encoder: str
+    """Frozen encoder: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    encoder_block: int | None = None
+    """Tokens as this block (from 0) reads them; the last block unless told. It matters more than anything else."""
+    grid: int = 28
+    """Cells a side of the part maps; the encoder reads grid x patch pixels."""
+    parts: int = 6
+    """Parts to learn."""
+    background: bool = True
+    """One more label, for cells outside the foreground."""
+    foreground_share: float = 0.35
+    """Share of a picture's cells that counts as foreground, the best in the foreground rank."""
+    foreground: Literal["border", "attention", "maps"] = "border"
+    """What ranks the foreground: distance to the border's mean token, class attention, or the learned maps."""
+    where: Literal["foreground", "everywhere"] = "foreground"
+    """Which cells the parts are learned on."""
+    relative: bool = True
+    """Tokens minus the picture's mean (foreground) token, so that parts do not become classes."""
+    init: Literal["kmeans", "heads", "random"] = "kmeans"
+    """How part queries start: k-means centres, the encoder's attention heads, or at random."""
+    softmax: Literal["parts", "positions"] = "parts"
+    """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
+    target: Literal["features", "pixels"] = "features"
+    """What is rebuilt from the parts: the encoder's tokens, or the picture (the paper; answered by colour)."""
+    diversity: float = 0.03
+    """Weight of Eq. 6."""
+    balance: float = 0.1
+    """Weight of the term that keeps parts equally used (softmax over parts only)."""
+    views: int = 4
+    """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets)."""
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 64
+    """Pictures a step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    decoder_size: int = 112
+    """Side of the rebuilt picture in pixels (target pixels): the grid's side times a power of two."""
+    seed: int = 0
+    """The one seed of the run."""
+    run: RunConfig
+
+    def __post_init__(self):
+        if self.parts < 2:
+            raise ValueError(f"parts must be at least 2, got {self.parts}")
+        if not 0 < self.foreground_share <= 1:
+            raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
+        if self.grid < 2 or self.steps < 1 or self.batch_size < 1 or self.views < 0:
+            raise ValueError(
+                "grid must be at least 2, steps and batch_size at least 1, views not negative, got "
+                f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
+            )
+        scale = self.decoder_size / self.grid
+        if self.target == "pixels" and scale not in (1, 2, 4, 8, 16):
+            raise ValueError(
+                f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}"
+            )
+        if self.relative != (self.init == "kmeans"):
+            raise ValueError(
+                "relative tokens and the k-means start belong together: use both, or --no-relative "
+                f"with --init heads or random; got relative={self.relative} and init={self.init}"
+            )
+        if self.foreground == "maps" and self.where == "foreground":
+            raise ValueError("--foreground maps needs maps learned everywhere; add --where everywhere")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractConfig:
+    """Part labels and foreground ranks beside every picture, in WebDataset shards."""
+
+    images: str
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    parts: Path
+    """Run folder of a part learner (`learn-parts`)."""
+    encoder: str | None = None
+    """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
+    size: int = 224
+    """Side of the stored JPEG in pixels."""
+    quality: int = 90
+    """Quality of the stored JPEG."""
+    grid: int | None = None
+    """Cells a side of the labels; the part learner's own unless told."""
+    samples_per_shard: int = 2048
+    """Inputs a shard owns."""
+    batch_size: int = 64
+    """Pictures the models see at once; never straddles shards."""
+    backend: Literal["ray", "local"] = "ray"
+    """ray starts or joins a cluster; local needs none."""
+    workers: int = 0
+    """Ray actors; 0 = one a GPU, or one for every two CPUs where there are none."""
+    gpus_per_worker: float = 1.0
+    """GPU share of an actor, where the cluster has GPUs."""
+    seed: int = 0
+    """Seed of the order of pictures in the shards."""
+    run: RunConfig
+
+    def __post_init__(self):
+        if self.size < 16:
+            raise ValueError(f"size must be at least 16 pixels, got {self.size}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must lie between 1 and 100, got {self.quality}")
+        if self.samples_per_shard < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"samples_per_shard and batch_size must be at least 1, got {self.samples_per_shard} and {self.batch_size}"
+            )

@@ -1,0 +1,92 @@
+"""Self-distillation's projection head, its two losses, and the centring that keeps it from collapsing."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STUDENT_TEMPERATURE = 0.1
+CENTRE_MOMENTUM = 0.9
+
+
+class Head(nn.Module):
+    """MLP, unit length, then the cosine to each prototype; one head for class and patch tokens, as in iBOT."""
+
+    def __init__(self, dim: int, prototypes: int):
+        super().__init__()
+        hidden, bottleneck = min(2048, 4 * dim), min(256, dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for weight in [layer.weight for layer in self.mlp if isinstance(layer, nn.Linear)] + [
+            self.prototypes
+        ]:
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    def forward(self, tokens: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens prototypes"]:
+        return F.linear(F.normalize(self.mlp(tokens).float(), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+def targets(
+    logits: Float[Tensor, "*axes prototypes"], centre: Float[Tensor, " prototypes"], temperature: float
+) -> Float[Tensor, "*axes prototypes"]:
+    """The teacher's distribution, centred and sharpened: softmax((g - c) / τ). DINO (arXiv:2104.14294), eq. 1, 4."""
+    return ((logits.float() - centre) / temperature).softmax(dim=-1)
+
+
+def class_loss(
+    student: Float[Tensor, "crops batch prototypes"], teacher: Float[Tensor, "globals batch prototypes"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of every student crop with every teacher crop but itself: DINO (arXiv:2104.14294), eq. 3.
+
+        mean over batch and pairs (t, s), s ≠ t, of  - Σ_k teacher[t, k] · log softmax(student[s] / 0.1)[k]
+
+    `student` holds logits, its global crops first and in the teacher's order; `teacher` holds `targets`.
+    """
+    crops, global_crops = len(student), len(teacher)
+    log_student = (student.float() / STUDENT_TEMPERATURE).log_softmax(dim=-1)
+    pairs = -torch.einsum("tbk,sbk->ts", teacher, log_student) / student.shape[1]
+    others = torch.ones(global_crops, crops, device=student.device) - torch.eye(
+        global_crops, crops, device=student.device
+    )
+    return (pairs * others).sum() / others.sum()
+
+
+def patch_loss(
+    student: Float[Tensor, "hidden prototypes"], teacher: Float[Tensor, "hidden prototypes"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy at the patches hidden from the student, where the teacher sees: iBOT (arXiv:2111.07832), eq. 2.
+
+    The mean over patches is the paper's mean over pictures, because every picture hides equally many.
+    """
+    return -(teacher * (student.float() / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def moved_centre(
+    centre: Float[Tensor, " prototypes"], logits: Float[Tensor, "*axes prototypes"]
+) -> Float[Tensor, " prototypes"]:
+    """c ← m c + (1 - m) · mean of the teacher's logits, m = 0.9: DINO (arXiv:2104.14294), eq. 4."""
+    return centre.lerp(logits.float().flatten(0, -2).mean(dim=0), 1 - CENTRE_MOMENTUM)
+
+
+def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
+    """How the teacher uses its prototypes, in nats; collapse shows as `told_apart` near 0.
+
+    entropy: of one picture's distribution (log K = says nothing). kl_uniform: of the batch's mean distribution
+    from uniform (log K = one prototype for all). told_apart: what is left, the information on which picture it is.
+    """
+    flat = teacher.flatten(0, -2)
+    entropy = torch.special.entr(flat).sum(dim=-1).mean().item()
+    mean_entropy = torch.special.entr(flat.mean(dim=0)).sum().item()
+    return {
+        "entropy": entropy,
+        "kl_uniform": math.log(flat.shape[-1]) - mean_entropy,
+        "told_apart": mean_entropy - entropy,
+    }

@@ -1,0 +1,38 @@
+"""Figures that show a part learner going wrong; good ones say nothing about the parts (docs/log.md)."""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from partlearn.losses import pairwise_cosine
+
+
+def health(
+    maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]
+) -> dict[str, float]:
+    """Means over pictures, inside `cells`: parts_used (of at least 1 % of the cells), largest_share, speckle,
+    cosine (mean over pairs of maps), and area_0, area_1, ... (each part's share)."""
+    parts = maps.shape[1]
+    labels = maps.argmax(dim=1).masked_fill(~cells, parts)
+    area = F.one_hot(labels, parts + 1)[..., :parts].sum(dim=1) / cells.sum(dim=1, keepdim=True).clamp(min=1)
+    cosine = pairwise_cosine(maps)
+    pairs = (cosine.sum(dim=(1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (parts * (parts - 1))
+    shares = {f"area_{part}": share for part, share in enumerate(area.mean(dim=0).tolist())}
+    return {
+        "parts_used": (area >= 0.01).sum(dim=1).float().mean().item(),
+        "largest_share": area.amax(dim=1).mean().item(),
+        "speckle": speckle(labels, cells),
+        "cosine": pairs.mean().item(),
+        **shares,
+    }
+
+
+def speckle(labels: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch patches"]) -> float:
+    """Share of the cells whose label none of its four neighbours has."""
+    side = round(labels.shape[1] ** 0.5)
+    square = F.pad(labels.reshape(-1, side, side), (1, 1, 1, 1), value=-1)
+    centre = square[:, 1:-1, 1:-1]
+    neighbours = (square[:, :-2, 1:-1], square[:, 2:, 1:-1], square[:, 1:-1, :-2], square[:, 1:-1, 2:])
+    alone = torch.stack([centre != neighbour for neighbour in neighbours]).all(dim=0).flatten(1)
+    return (alone & cells).sum().item() / max(1, int(cells.sum()))

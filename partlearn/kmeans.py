@@ -1,0 +1,43 @@
+"""Lloyd's k-means on unit vectors, in torch: scikit-learn would be a heavy dependency for twenty lines."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def spherical_kmeans(
+    points: Float[Tensor, "points dim"],
+    count: int,
+    *,
+    generator: torch.Generator,
+    rounds: int = 30,
+    starts: int = 4,
+) -> Float[Tensor, "count dim"]:
+    """Unit centres that maximise the mean cosine to the nearest; the best of `starts` k-means++ seedings.
+
+    A centre that loses all its points moves to the point worst served.
+    """
+    best, best_fit = None, -torch.inf
+    for _ in range(starts):
+        centres = _spread(points, count, generator)
+        for _ in range(rounds):
+            cosine, nearest = (points @ centres.T).max(dim=1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+            empty = torch.bincount(nearest, minlength=count) == 0
+            sums[empty] = points[cosine.argsort()[: int(empty.sum())]]
+            centres = F.normalize(sums, dim=1)
+        fit = (points @ centres.T).amax(dim=1).mean().item()
+        if best is None or fit > best_fit:
+            best, best_fit = centres, fit
+    assert best is not None
+    return best
+
+
+def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means++: each next centre drawn in proportion to its squared distance from the chosen ones."""
+    chosen = [points[torch.randint(len(points), (1,), generator=generator)]]
+    while len(chosen) < count:
+        distance = (1 - (points @ torch.cat(chosen).T).amax(dim=1)).clamp(min=1e-9)
+        chosen.append(points[torch.multinomial(distance, 1, generator=generator)])
+    return torch.cat(chosen)

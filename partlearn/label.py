@@ -1,0 +1,62 @@
+"""Pictures in, part labels and foreground ranks out: what extraction stores."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8, UInt16
+
+from partlearn.encoders import load_encoder
+from partlearn.learner import load_learner
+from training.checkpoint import CheckpointError
+
+
+class Labeller:
+    """A frozen encoder and the part learner that was trained on it.
+
+    Raises:
+        ValueError: The grid or the encoder is not the one the parts were learned on.
+        CheckpointError: Weights are missing, torn, or have changed since.
+    """
+
+    def __init__(
+        self,
+        parts: Path,
+        *,
+        encoder: str | None = None,
+        grid: int | None = None,
+        device: torch.device = torch.device("cpu"),
+        precision: str = "auto",
+    ):
+        learner, described, self.sha256 = load_learner(parts)
+        self.learner = learner.to(device)
+        self.grid, self.groups = learner.shape.grid, learner.shape.groups
+        if grid not in (None, self.grid):
+            raise ValueError(
+                f"--grid {grid} was asked for, but the parts of {parts} were learned on {self.grid}"
+            )
+        source = encoder or described["source"]
+        self.encoder = load_encoder(
+            source, grid=self.grid, block=described["block"], device=device, precision=precision
+        )
+        if self.encoder.fingerprint != described["weights_sha256"]:
+            raise CheckpointError(
+                f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
+                "or learn the parts again"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the labels come from, for dataset.json."""
+        return {"encoder": self.encoder.description, "learner_sha256": self.sha256}
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> tuple[UInt8[np.ndarray, "batch rows cols"], UInt16[np.ndarray, "batch rows cols"]]:
+        """Part of each cell, and its rank in foreground (0 = most likely)."""
+        parts, rank = self.learner.label(self.encoder(torch.from_numpy(images)))
+        shape = (len(images), self.grid, self.grid)
+        return (
+            parts.cpu().numpy().astype(np.uint8).reshape(shape),
+            rank.cpu().numpy().astype(np.uint16).reshape(shape),
+        )

@@ -1,0 +1,142 @@
+"""Pictures as the part learner sees them: random crops, encoded once and kept, or afresh every step."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from partlearn.config import LearnConfig
+from partlearn.encoders import Encoder, Tokens
+from partlearn.views import PictureBatches, crop, random_boxes
+from shards.order import permutation
+from shards.pictures import PictureList
+from training.progress import Progress
+
+CROP_SCALE = (0.5, 1.0)
+ENCODED_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Crops of a batch of pictures and what the encoder says of them."""
+
+    pixels: UInt8[Tensor, "batch height width 3"]
+    tokens: Tokens
+
+
+class Views:
+    """The crops of a run. With `config.views`, they are encoded at the first call and kept."""
+
+    def __init__(self, config: LearnConfig, encoder: Encoder, pictures: PictureList):
+        self.config, self.encoder, self.pictures = config, encoder, pictures
+        self._store: View | None = None
+
+    def batches(self, *, step: int) -> Iterator[View]:
+        """Batches from `step` on, for ever; a pure function of the config and the pictures."""
+        if not self.config.views:
+            return _cropped(self.config, self.encoder, self.pictures, self.config.batch_size, step)
+        if self._store is None:
+            count = self.config.views * len(self.pictures.pictures)
+            _refuse_what_does_not_fit(self.config, self.encoder, count)
+            self._store = _encode_all(self.config, self.encoder, self.pictures, count)
+        return _kept(self._store, self.config, self.encoder.device, step)
+
+
+def _cropped(
+    config: LearnConfig, encoder: Encoder, pictures: PictureList, batch_size: int, step: int
+) -> Iterator[View]:
+    """Random resized crops and flips, drawn from (seed, step)."""
+    batches = PictureBatches(
+        pictures,
+        size=encoder.size,
+        batch_size=batch_size,
+        seed=config.seed,
+        step=step,
+        threads=config.run.threads,
+    )
+    try:
+        for images, _ in batches:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            boxes = random_boxes(len(images), scale=CROP_SCALE, generator=generator)
+            flip = torch.rand(len(images), generator=generator) < 0.5
+            pixels = crop(images.permute(0, 3, 1, 2).float() / 255, boxes, encoder.size, flip)
+            whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            yield View(whole, encoder(whole))
+            step += 1
+    finally:
+        batches.close()
+
+
+def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Iterator[View]:
+    """Draws from the kept crops; every one comes once an epoch."""
+    count, epoch = len(store.pixels), -1
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        rows = []
+        for position in range(step * config.batch_size, (step + 1) * config.batch_size):
+            if position // count != epoch:
+                epoch = position // count
+                order = torch.from_numpy(permutation(count, seed=config.seed, epoch=epoch))
+            rows.append(int(order[position % count]))
+        yield _on(store, rows, device)
+        step += 1
+
+
+def _encode_all(config: LearnConfig, encoder: Encoder, pictures: PictureList, count: int) -> View:
+    """The first `count` crops of the endless sequence, tokens in fp16."""
+    progress = Progress(count, "encoding", "views")
+    pieces: list[View] = []
+    for view in _cropped(config, encoder, pictures, min(ENCODED_AT_ONCE, count), 0):
+        pieces.append(_packed(view, config))
+        progress.advance(len(view.pixels))
+        if progress.done >= count:
+            break
+    progress.close()
+    return View(
+        torch.cat([piece.pixels for piece in pieces])[:count],
+        Tokens(
+            *(
+                torch.cat([getattr(piece.tokens, name) for piece in pieces])[:count]
+                for name in Tokens.__dataclass_fields__
+            )
+        ),
+    )
+
+
+def _packed(view: View, config: LearnConfig) -> View:
+    """Halved to fp16; pictures only where they are the target, else one pixel of them."""
+    pixels = view.pixels if config.target == "pixels" else view.pixels[:, :1, :1]
+    tokens = Tokens(*(getattr(view.tokens, name).half().cpu() for name in Tokens.__dataclass_fields__))
+    return View(pixels.cpu(), tokens)
+
+
+def _on(store: View, rows: list[int], device: torch.device) -> View:
+    tokens = Tokens(
+        *(getattr(store.tokens, name)[rows].to(device).float() for name in Tokens.__dataclass_fields__)
+    )
+    return View(store.pixels[rows].to(device), tokens)
+
+
+def bytes_of_a_view(encoder: Encoder, *, pixels: bool) -> int:
+    """Two kinds of tokens and the attention in fp16, and the crop where it is the target."""
+    cells = encoder.grid**2
+    tokens = 2 * (2 * cells * encoder.dim + 2 * encoder.dim + encoder.heads * cells)
+    return tokens + (3 * encoder.size**2 if pixels else 3)
+
+
+def _refuse_what_does_not_fit(config: LearnConfig, encoder: Encoder, count: int) -> None:
+    need = count * bytes_of_a_view(encoder, pixels=config.target == "pixels")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > free / 2:
+        raise ValueError(
+            f"{count:,} views need {need / 1e9:.1f} GB for their tokens (twice that while they are gathered), and "
+            f"{free / 1e9:.1f} GB are free; lower --views, or take --views 0 for fresh crops every step"
+        )
+
+
+def picture_target(view: View, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
+    """Eq. 5's target: the crop in the encoder's normalisation, area-averaged down to the decoder's size."""
+    return torch.nn.functional.interpolate(encoder.normalised(view.pixels), size=(size, size), mode="area")

@@ -1,0 +1,196 @@
+"""Verbs to functions, exceptions to exit codes, and nothing else. Nothing heavy is imported to print help."""
+
+import dataclasses
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from evaluate.config import KnnConfig, ProbeConfig
+from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
+from pipeline.config import DemoConfig, VerifyConfig
+from pretrain.config import PretrainConfig
+
+Plain = tyro.conf.arg(name="")
+Backend = Annotated[
+    Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")
+]
+Workers = Annotated[
+    int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")
+]
+
+
+def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
+    """Train a small ViT on a folder of pictures by self-distillation (DINO + iBOT).
+
+    For domains without a ready encoder. Example:
+      semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
+    """
+    from partlearn.distill import distill
+
+    _say(distill(config))
+
+
+def learn_parts(
+    config: Annotated[LearnConfig, Plain], backend: Backend = "local", num_workers: Workers = 1
+) -> None:
+    """Learn part maps from a frozen encoder's tokens.
+
+    Example:
+      semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --encoder-block 9 --out runs/parts
+    """
+    from partlearn.learn import learn
+
+    _train(learn, config, backend, num_workers)
+
+
+def extract(config: Annotated[ExtractConfig, Plain]) -> None:
+    """Write part labels and foreground ranks beside every picture, into WebDataset shards.
+
+    Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. Examples:
+      semmae extract --images photos/ --parts runs/parts --out runs/shards --backend local
+      ray job submit --working-dir . -- python -m pipeline extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
+    """
+    from pipeline.extract import extract as build
+
+    info = build(config)
+    print(
+        f"{config.run.out}: {info['samples']:,} pictures in {len(info['shards'])} shards, {info['rejected']} rejected"
+    )
+
+
+def verify(config: Annotated[VerifyConfig, Plain]) -> None:
+    """Check a shard set: sizes (fast), digests (hash), or every byte, label and picture (deep).
+
+    Example:
+      semmae verify --data runs/shards --level deep
+    """
+    from pipeline.verify import verify as check
+
+    check(config)
+
+
+def pretrain(
+    config: Annotated[PretrainConfig, Plain], backend: Backend = "local", num_workers: Workers = 1
+) -> None:
+    """Pretrain a masked autoencoder on a shard set.
+
+    Examples:
+      semmae pretrain --data runs/shards --masking semmae --out runs/semmae
+      torchrun --nproc-per-node 8 -m pipeline pretrain --data /data/shards --masking semmae --batch-size 4096 --out /runs/semmae
+      semmae pretrain --data /data/shards --out /runs/semmae --backend ray --num-workers 16
+    """
+    from pretrain.train import pretrain as train
+
+    _train(train, config, backend, num_workers)
+
+
+def knn(config: Annotated[KnnConfig, Plain]) -> None:
+    """Classify by the nearest neighbours of frozen features (DINO's weighted k-NN).
+
+    Example:
+      semmae knn --checkpoint runs/semmae --data runs/train --val-data runs/val
+    """
+    from evaluate.knn import knn as evaluate
+
+    _rows(evaluate(config))
+
+
+def probe(config: Annotated[ProbeConfig, Plain]) -> None:
+    """Train a linear classifier on frozen features (MAE's linear probe).
+
+    Example:
+      semmae probe --encoder timm:vit_small_patch16_224.dino --images train/ --val-images val/
+    """
+    from evaluate.linear import probe as evaluate
+
+    _rows(evaluate(config))
+
+
+def demo(config: Annotated[DemoConfig, Plain]) -> None:
+    """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and a picture sheet.
+
+    Examples:
+      semmae demo
+      semmae demo --images photos/
+    """
+    from pipeline.demo import demo as run
+
+    run(config)
+
+
+VERBS = {
+    "encoder": encoder,
+    "learn-parts": learn_parts,
+    "extract": extract,
+    "verify": verify,
+    "pretrain": pretrain,
+    "knn": knn,
+    "probe": probe,
+    "demo": demo,
+}
+CALL_WAS_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done; 1 the work failed or a check does not hold; 2 the call was wrong; 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            VERBS,
+            args=arguments,
+            prog="semmae",
+            description="Semantic-guided masking for masked autoencoders, from pictures to numbers.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"semmae: {_sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, CALL_WAS_WRONG) else 1
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line; the kind of error leads where its text alone says little."""
+    text = " ".join(str(error).split())
+    if type(error).__module__ == "builtins" and not isinstance(error, (*CALL_WAS_WRONG, OSError)):
+        return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
+    return text or f"{type(error).__name__} (run again with --debug for the traceback)"
+
+
+def _train(function: Any, config: Any, backend: str, workers: int) -> None:
+    if backend == "local":
+        _say(function(config))
+        return
+    from pipeline.cluster import train_on_ray
+    from shards.atomic import read_json
+
+    train_on_ray(function, config, workers=workers)
+    _say(read_json(Path(config.run.out) / "DONE.json"))
+
+
+def _say(report: dict[str, Any]) -> None:
+    """The figures of a run on one line, by the main rank."""
+    from training.distributed import is_main
+
+    if is_main():
+        numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
+        print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+
+def _rows(rows: list[Any]) -> None:
+    """A table of results."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("protocol", "metric", "value", "checkpoint")
+    for row in rows:
+        shown = row if isinstance(row, dict) else dataclasses.asdict(row)
+        table.add_row(shown["protocol"], shown["metric"], f"{shown['value']:.4f}", str(shown["checkpoint"]))
+    Console().print(table)

@@ -1,0 +1,58 @@
+"""Ray, as little of it as the verbs need: joining a cluster, and one training function on many workers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start Ray right here."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, configure_logging=False)
+
+
+def refuse_paths_of_the_upload(*paths: Path) -> None:
+    """Under `ray job submit --working-dir`, a relative path lies in a temporary copy that Ray deletes.
+
+    Raises:
+        ValueError: A path is relative, and this process runs in such a copy.
+    """
+    if "working_dir_files" not in Path.cwd().parts:
+        return
+    for path in paths:
+        if not Path(path).is_absolute():
+            raise ValueError(
+                f"{path} is relative, and this Ray job runs in a temporary copy of your folder; "
+                "give an absolute path on storage that all nodes see"
+            )
+
+
+def train_on_ray(function: Callable[[Any], Any], config: Any, *, workers: int) -> None:
+    """Run `function(config)` on `workers` Ray Train workers, one GPU each where the cluster has them.
+
+    The workers find a joined process group, exactly as under torchrun.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    refuse_paths_of_the_upload(config.run.out)
+    connect()
+    trainer = TorchTrainer(
+        _quietly(function),
+        train_loop_config={"config": config},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(ray.cluster_resources().get("GPU"))),
+        run_config=RunConfig(storage_path=str(Path(config.run.out).absolute() / "ray")),
+    )
+    trainer.fit()
+
+
+def _quietly(function: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    def worker(loop_config: dict[str, Any]) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        function(loop_config["config"])
+
+    return worker

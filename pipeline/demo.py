@@ -1,0 +1,226 @@
+"""The verb `demo`: every stage of the job, small, each in a run folder of its own, so that a second call reuses them."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluate.config import KnnConfig, ProbeConfig
+from evaluate.knn import knn
+from evaluate.linear import probe
+from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
+from partlearn.distill import distill
+from partlearn.learn import learn
+from pipeline.config import DemoConfig
+from pipeline.creatures import write_creatures
+from pipeline.extract import extract
+from pipeline.sheet import draw_sheet
+from pipeline.truth import score_against_truth
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
+from shards.atomic import read_json, write_json
+from shards.dataset import ShardSet
+from shards.pictures import list_pictures
+from training.config import RunConfig
+from training.progress import clock
+
+PICTURES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
+GRID = SIDE // PATCH
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Every config of the demo; the settings were chosen for ten minutes on two cores (docs/log.md)."""
+
+    config: DemoConfig
+    images: str
+
+    def run(self, name: str) -> RunConfig:
+        return RunConfig(out=self.config.out / name, device=self.config.device)
+
+    def encoder(self, *, trained: bool) -> EncoderConfig:
+        return EncoderConfig(
+            images=self.images,
+            size=64,
+            local_size=32,
+            local_crops=4,
+            patch=PATCH,
+            dim=192,
+            depth=6,
+            heads=3,
+            prototypes=512,
+            epochs=4 if trained else 0,
+            batch_size=64,
+            base_lr=2e-3,
+            warmup_epochs=0.5,
+            seed=self.config.seed,
+            run=self.run("encoder" if trained else "encoder-untrained"),
+        )
+
+    def parts(self, encoder: EncoderConfig, name: str) -> LearnConfig:
+        return LearnConfig(
+            images=self.images,
+            encoder=f"run:{encoder.run.out}",
+            encoder_block=4,
+            grid=GRID,
+            views=1,
+            steps=300,
+            batch_size=64,
+            seed=self.config.seed,
+            run=self.run(name),
+        )
+
+    def shards(self, images: str, parts: LearnConfig, name: str) -> ExtractConfig:
+        return ExtractConfig(
+            images=images,
+            parts=parts.run.out,
+            size=SIDE,
+            samples_per_shard=512,
+            backend="local",
+            seed=self.config.seed,
+            run=self.run(name),
+        )
+
+    def pretraining(self, name: str, *, masking: str, epochs: int) -> PretrainConfig:
+        return PretrainConfig(
+            data=str(self.config.out / "shards"),
+            masking=masking,
+            patch=PATCH,
+            embed_dim=192,
+            depth=6,
+            heads=3,
+            decoder_dim=96,
+            decoder_depth=2,
+            decoder_heads=3,
+            epochs=epochs,
+            warmup_epochs=2 if epochs else 0,
+            batch_size=64,
+            base_lr=1e-3,
+            seed=self.config.seed,
+            run=self.run(name),
+        )
+
+
+def demo(config: DemoConfig) -> None:
+    """Run what is missing of the whole job in `config.out`, then print its table and draw its picture sheet."""
+    began = time.monotonic()
+    procedural = config.images is None
+    pictures = config.out / "pictures"
+    if procedural:
+        _step("drawing", "creatures, with true parts", lambda: _draw(pictures, config.seed))
+    stages = Stages(config, str(pictures / "train") if procedural else str(config.images))
+    classes = list_pictures(stages.images).classes
+
+    encoder = stages.encoder(trained=True)
+    _step("encoder", "a small ViT by self-distillation", lambda: distill(encoder))
+    parts = stages.parts(encoder, "parts")
+    _step("parts", "six parts and the background from its tokens", lambda: learn(parts))
+    _step(
+        "shards",
+        "labels beside every picture",
+        lambda: extract(stages.shards(stages.images, parts, "shards")),
+    )
+    epochs = _epochs(len(ShardSet.open(config.out / "shards")))
+    runs = {
+        "untrained": stages.pretraining("untrained", masking="random", epochs=0),
+        "random masking": stages.pretraining("random", masking="random", epochs=epochs),
+        "semantic masking": stages.pretraining("semmae", masking="semmae", epochs=epochs),
+    }
+    for name, pretraining in runs.items():
+        _step("pretrain", name, lambda pretraining=pretraining: pretrain(pretraining))
+
+    if procedural:
+        val = stages.shards(str(pictures / "val"), parts, "shards-val")
+        _step("shards", "labels of the held-out pictures", lambda: extract(val))
+        _print_parts(stages, pictures, val)
+    _print_accuracy(config, runs, classes, procedural)
+    sheet = draw_sheet(
+        config.out / "sheet.png",
+        shards=ShardSet.open(config.out / ("shards-val" if procedural else "shards")),
+        run=runs["semantic masking"].run.out,
+        seed=config.seed,
+    )
+    print(
+        f"picture sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}"
+    )
+
+
+def _draw(pictures: Path, seed: int) -> None:
+    write_creatures(pictures / "train", count=PICTURES, seed=seed, size=SIDE)
+    write_creatures(pictures / "val", count=HELD_OUT, seed=seed + 1_000, size=SIDE)
+
+
+def _epochs(count: int) -> int:
+    """Passes that take the pretrainings of the demo about as long on any set: 60,000 pictures, at least one pass."""
+    return max(1, round(60_000 / count))
+
+
+def _step(name: str, what: str, work: Callable[[], Any]) -> None:
+    began = time.monotonic()
+    print(f"{name:9} {what} ...", file=sys.stderr, flush=True)
+    work()
+    print(f"{name:9} {what}: {clock(time.monotonic() - began)}", file=sys.stderr, flush=True)
+
+
+def _print_parts(stages: Stages, pictures: Path, val: ExtractConfig) -> None:
+    """Labels against the truth, beside shortcuts and the same learner on an untrained encoder."""
+    untrained = stages.encoder(trained=False)
+    parts = stages.parts(untrained, "parts-untrained")
+    control = stages.shards(val.images, parts, "shards-val-untrained")
+    _step(
+        "control",
+        "the same learner on an untrained encoder",
+        lambda: (distill(untrained), learn(parts), extract(control)),
+    )
+    rows = score_against_truth(
+        {
+            "learned parts": ShardSet.open(val.run.out),
+            "learned on an untrained encoder": ShardSet.open(control.run.out),
+        },
+        truth=pictures / "val",
+    )
+    write_json(stages.config.out / "parts.json", rows)
+    columns = [name for name in rows[0] if name != "method"]
+    table = Table("", *columns, title=f"parts and foreground against the truth, {HELD_OUT} held-out pictures")
+    for row in rows:
+        table.add_row(row["method"], *("" if row[c] is None else f"{row[c]:.3f}" for c in columns))
+    Console().print(table)
+
+
+def _print_accuracy(
+    config: DemoConfig, runs: dict[str, PretrainConfig], classes: tuple[str, ...], procedural: bool
+) -> None:
+    if not classes:
+        print("no class folders in these pictures, so no k-NN and no probe")
+        return
+    splits = {
+        "data": str(config.out / "shards"),
+        "val_data": str(config.out / "shards-val") if procedural else "",
+    }
+    table = Table(
+        "encoder", "k-NN", "linear probe", title=f"accuracy over {len(classes)} classes, one seed: no ranking"
+    )
+    rows = []
+    for name, run in runs.items():
+        done = config.out / f"accuracy-{run.run.out.name}.json"
+        if not done.is_file():
+            common = {
+                "checkpoint": str(run.run.out),
+                "pool": "mean",
+                "seed": config.seed,
+                "device": config.device,
+            } | splits
+            found = [*knn(KnnConfig(**common)), *probe(ProbeConfig(**common))]
+            write_json(done, [row if isinstance(row, dict) else dataclasses.asdict(row) for row in found])
+        results = {(row["protocol"], row["metric"]): row["value"] for row in read_json(done)}
+        values = [value for (_, metric), value in results.items() if metric == "top1"]
+        rows += read_json(done)
+        table.add_row(name, *(f"{100 * value:.1f} %" for value in values))
+    write_json(config.out / "accuracy.json", rows)
+    Console().print(table)

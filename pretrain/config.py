@@ -1,0 +1,72 @@
+"""What the verb `pretrain` computes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainConfig:
+    """A masked autoencoder on a shard set. The paper's runs: 800 epochs, batch 4,096, patch 16 with every patch, or
+    patch 8 with the foreground quarter (--keep-share 0.25)."""
+
+    data: str
+    """Shard set: a folder with dataset.json."""
+    masking: Literal["semmae", "random"] = "semmae"
+    """semmae: from three quarters of every part to three quarters of the parts. random: MAE's."""
+    mask_ratio: float = 0.75
+    """Share of the kept patches that is hidden."""
+    gamma: float = 2.0
+    """alpha = progress ** gamma takes the masks from inside parts (0) to whole parts (1)."""
+    keep_share: float = 1.0
+    """Share of the patches that take part at all, the best in foreground; the paper's patch 8 keeps 0.25."""
+    patch: int = 16
+    """Patch side in pixels."""
+    embed_dim: int = 768
+    """Width of the encoder."""
+    depth: int = 12
+    """Blocks of the encoder."""
+    heads: int = 12
+    """Attention heads of the encoder."""
+    decoder_dim: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    norm_pix_loss: bool = True
+    """Targets are each patch's pixels minus their mean, over their deviation."""
+    flip: bool = True
+    """Mirror every other picture, with its labels."""
+    epochs: int = 800
+    """Passes over the shards; 0 leaves an untrained encoder, for a control."""
+    batch_size: int = 4096
+    """Pictures a step, over all ranks."""
+    base_lr: float = 1.5e-4
+    """Learning rate at 256 pictures a step; scales with the batch."""
+    warmup_epochs: float = 40.0
+    """Epochs of rising learning rate."""
+    weight_decay: float = 0.05
+    """AdamW's decay; none on biases, norms and tokens."""
+    seed: int = 0
+    """The one seed of the run."""
+    run: RunConfig
+
+    def __post_init__(self):
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {self.mask_ratio}")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"keep_share must lie in (0, 1], got {self.keep_share}")
+        if self.gamma <= 0:
+            raise ValueError(f"gamma must be above 0, got {self.gamma}")
+        if self.epochs < 0 or self.batch_size < 1 or self.patch < 1 or self.warmup_epochs < 0:
+            raise ValueError(
+                "epochs and warmup_epochs must not be negative, batch_size and patch at least 1, got "
+                f"{self.epochs}, {self.warmup_epochs}, {self.batch_size} and {self.patch}"
+            )
+        for dim, heads in (("embed_dim", "heads"), ("decoder_dim", "decoder_heads")):
+            if getattr(self, dim) % 4 or getattr(self, dim) % getattr(self, heads):
+                raise ValueError(
+                    f"{dim} must be a multiple of 4 and of {heads} {getattr(self, heads)}, got {getattr(self, dim)}"
+                )

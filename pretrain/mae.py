@@ -1,0 +1,166 @@
+"""The masked autoencoder (MAE, arXiv:2111.06377): encode what is visible, rebuild what is not."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int64
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.position import sincos_positions
+
+NORM = partial(nn.LayerNorm, eps=1e-6)  # MAE's and timm's epsilon
+
+
+class MAE(nn.Module):
+    """An encoder with timm's parameter names, and a light decoder. Sizes are settings; nothing is wired to 224.
+
+    Only visible patches are embedded. Kept patches may be any set: what lies where comes from positions alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        patch: int,
+        embed_dim: int,
+        depth: int,
+        heads: int,
+        decoder_dim: int,
+        decoder_depth: int,
+        decoder_heads: int,
+        norm_pix_loss: bool = True,
+    ):
+        super().__init__()
+        self.patch, self.side, self.norm_pix_loss = patch, size // patch, norm_pix_loss
+        self.encoder = VisionTransformer(
+            img_size=size,
+            patch_size=patch,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            weight_init="skip",
+        )
+        self.encoder.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.side), requires_grad=False)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.register_buffer("decoder_positions", sincos_positions(decoder_dim, self.side), persistent=False)
+        self.decoder_positions: Tensor
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=NORM) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = NORM(decoder_dim)
+        self.decoder_pixels = nn.Linear(decoder_dim, 3 * patch * patch)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """MAE's start: Xavier-uniform linears, the patch embedding as one of them, tokens of deviation 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.encoder.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.data.flatten(1))
+        nn.init.zeros_(projection.bias)
+        for token in (self.encoder.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        ids_hidden: Int64[Tensor, "batch hidden"],
+    ) -> Float[Tensor, ""]:
+        """Mean squared error over the hidden patches' target pixels, in fp32."""
+        patches = patchify(images, self.patch)
+        predicted = self.predict(patches, ids_visible, ids_hidden)
+        target = gather(patches, ids_hidden).float()
+        if self.norm_pix_loss:
+            target = normalised(target)
+        return F.mse_loss(predicted.float(), target)
+
+    def predict(
+        self,
+        patches: Float[Tensor, "batch patches pixels"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        ids_hidden: Int64[Tensor, "batch hidden"],
+    ) -> Float[Tensor, "batch hidden pixels"]:
+        """The decoder's pixels of the hidden patches."""
+        latent = self.encode(gather(patches, ids_visible), ids_visible)
+        x = self.decoder_embed(latent)
+        positions = self.decoder_positions[:, 1:].expand(len(x), -1, -1)
+        hidden = self.mask_token + gather(positions, ids_hidden)
+        seen = x[:, 1:] + gather(positions, ids_visible)
+        x = torch.cat([x[:, :1] + self.decoder_positions[:, :1], seen, hidden.to(x.dtype)], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pixels(self.decoder_norm(x[:, -ids_hidden.shape[1] :]))
+
+    def encode(
+        self, visible: Float[Tensor, "batch visible pixels"], ids_visible: Int64[Tensor, "batch visible"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Class token and visible tokens after the encoder's last norm."""
+        encoder, projection = self.encoder, self.encoder.patch_embed.proj
+        x = F.linear(visible, projection.weight.flatten(1), projection.bias)
+        x = x + gather(encoder.pos_embed[:, 1:].expand(len(x), -1, -1), ids_visible)
+        token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([token.to(x.dtype), x], dim=1)
+        for block in encoder.blocks:
+            x = block(x)
+        return encoder.norm(x)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        ids_hidden: Int64[Tensor, "batch hidden"],
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """The picture with its hidden patches predicted; patches of neither set are 0.
+
+        With norm_pix_loss a patch's own mean and deviation are put back, as in MAE's pictures: the network was never
+        asked for them, so colours and contrast in such a picture are not its work.
+        """
+        patches = patchify(images, self.patch)
+        predicted = self.predict(patches, ids_visible, ids_hidden).float()
+        if self.norm_pix_loss:
+            truth = gather(patches, ids_hidden).float()
+            variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
+            predicted = predicted * (variance + 1e-6).sqrt() + mean
+        picture = torch.zeros_like(patches)
+        for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_hidden, predicted)):
+            picture.scatter_(1, ids[..., None].expand_as(pixels), pixels.to(picture.dtype))
+        return unpatchify(picture, self.patch)
+
+
+def patchify(
+    images: Float[Tensor, "batch 3 height width"], patch: int
+) -> Float[Tensor, "batch patches pixels"]:
+    """Patches row by row; within one, channel, then row, then column: the order of a convolution's weights."""
+    batch, _, height, width = images.shape
+    blocks = images.reshape(batch, 3, height // patch, patch, width // patch, patch)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 3 * patch * patch)
+
+
+def unpatchify(
+    patches: Float[Tensor, "batch patches pixels"], patch: int
+) -> Float[Tensor, "batch 3 height width"]:
+    """`patchify` undone, for square pictures."""
+    side = round(patches.shape[1] ** 0.5)
+    blocks = patches.reshape(len(patches), side, side, 3, patch, patch)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), 3, side * patch, side * patch)
+
+
+def gather(
+    values: Float[Tensor, "batch patches dim"], ids: Int64[Tensor, "batch chosen"]
+) -> Float[Tensor, "batch chosen dim"]:
+    """Rows `ids` of each picture."""
+    return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def normalised(patches: Float[Tensor, "batch patches pixels"]) -> Float[Tensor, "batch patches pixels"]:
+    """norm_pix: each patch minus its mean, over sqrt(unbiased variance + 1e-6)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) * torch.rsqrt(variance + 1e-6)

@@ -1,0 +1,95 @@
+"""Which patches are hidden: functions of labels and noise, with the same count in every row.
+
+Randomness enters as numbers. Keyed by (seed, epoch, picture), they give a picture the same mask on any number of
+ranks, in any order and after any resume.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+def hidden_count(patches: int, mask_ratio: float) -> int:
+    """M: MAE keeps int(L (1 - r)) patches and hides the rest; 147 of 196 at 0.75."""
+    return patches - int(patches * (1 - mask_ratio))
+
+
+def alpha_at(progress: float, gamma: float) -> float:
+    """Algorithm 1, line 7, with continuous progress from 0 to 1: alpha = progress ** gamma.
+
+    The released code divides the epoch by a fixed 800, so that a run of 100 epochs would end at 0.016.
+    """
+    return min(1.0, max(0.0, progress)) ** gamma
+
+
+def random_masking(
+    noise: Float[Tensor, "batch patches"], *, mask_ratio: float
+) -> Bool[Tensor, "batch patches"]:
+    """MAE's masking (arXiv:2111.06377): the M patches of least noise; True = hidden."""
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    return ranks < hidden_count(noise.shape[1], mask_ratio)
+
+
+def semantic_masking(
+    labels: Int64[Tensor, "batch patches"],
+    noise: Float[Tensor, "batch patches"],
+    part_order: Float[Tensor, "batch groups"],
+    *,
+    mask_ratio: float,
+    alpha: float,
+) -> Bool[Tensor, "batch patches"]:
+    """SemMAE's masking (arXiv:2206.10207, Algorithm 1): M patches hidden, shared out over the parts, and inside a
+    part those of least noise; True = hidden.
+
+    Args:
+        labels: Part of each patch, below `groups`; parts may be empty.
+        noise: In [0, 1); picks the patches inside a part.
+        part_order: Noise that orders the parts; the lowest goes first when parts are hidden whole.
+        alpha: 0 hides the same share of every part, 1 hides whole parts.
+    """
+    groups = part_order.shape[1]
+    sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
+    sizes.scatter_add_(1, labels, torch.ones_like(labels))
+    order = part_order.argsort(dim=1, stable=True)
+    hidden = masked_per_part(sizes, order, hidden_count(labels.shape[1], mask_ratio), alpha)
+    sequence = (2 * labels + noise).argsort(dim=1, stable=True)
+    place = sequence.argsort(dim=1)
+    before = sizes.cumsum(dim=1) - sizes
+    return place - before.gather(1, labels) < hidden.gather(1, labels)
+
+
+def masked_per_part(
+    sizes: Int64[Tensor, "batch groups"], order: Int64[Tensor, "batch groups"], hidden: int, alpha: float
+) -> Int64[Tensor, "batch groups"]:
+    """How many patches of each part are hidden; a row sums to `hidden` exactly.
+
+        num1 = n · M / L                               the same share of every part        (line 1)
+        num2 = min(n, max(0, M - sum of the parts before it))    whole parts in `order`    (lines 2 to 6)
+        num  = (1 - alpha) · num1 + alpha · num2                                           (line 8)
+
+    The paper rounds, and its counts then miss the budget in every other picture. Here the floors are kept and the
+    largest remainders get one more, ties to the lower part: num <= n and only num < n has a remainder, so no part
+    overflows.
+    """
+    patches = sizes.sum(dim=1, keepdim=True).clamp(min=1)
+    inside = sizes.double() * hidden / patches
+    permuted = sizes.gather(1, order)
+    left = (hidden - (permuted.cumsum(dim=1) - permuted)).clamp(min=0)
+    whole = torch.zeros_like(sizes).scatter_(1, order, torch.minimum(left, permuted))
+    wanted = (1 - alpha) * inside + alpha * whole
+    floors = (wanted + 1e-9).floor()
+    remainders = ((wanted - floors) * 1e9).round()  # ties of exact arithmetic stay ties
+    missing = hidden - floors.sum(dim=1, keepdim=True)
+    rank = remainders.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (floors + (rank < missing)).long()
+
+
+def purity(
+    mask: Bool[Tensor, "batch patches"], labels: Int64[Tensor, "batch patches"], groups: int
+) -> Float[Tensor, ""]:
+    """Share of non-empty parts that are hidden whole or not at all: near 0 at alpha 0, at least (K-1)/K at 1."""
+    sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
+    hidden = sizes.scatter_add(1, labels, mask.long())
+    sizes = sizes.scatter_add(1, labels, torch.ones_like(labels))
+    there = sizes > 0
+    return (((hidden == 0) | (hidden == sizes)) & there).sum() / there.sum().clamp(min=1)

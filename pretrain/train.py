@@ -1,0 +1,227 @@
+"""The verb `pretrain`: one process, torchrun's ranks or Ray Train's workers, from the same function."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.config import PretrainConfig
+from pretrain.mae import MAE
+from pretrain.masking import alpha_at, purity
+from pretrain.masks import Masked, mask_batch
+from shards.dataset import ShardSet
+from shards.stream import Stream
+from training import checkpoint, distributed
+from training.device import autocast, pick_device
+from training.metrics import Metrics
+from training.progress import Progress
+from training.run import RunFolder
+from training.schedule import learning_rate
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOG_EVERY = 10
+
+
+def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> dict[str, Any]:
+    """Train a masked autoencoder into `config.run.out` and return its report.
+
+    A finished run is returned as it is, a half one goes on from its newest checkpoint at the exact sample.
+    `stop_after_steps` ends early, as a kill would, after writing a checkpoint.
+
+    Raises:
+        ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
+        ShardError: The shard set is unfinished or damaged.
+        FloatingPointError: The loss is no longer finite.
+    """
+    distributed.start(config.run.device)
+    try:
+        with RunFolder.open(config) as run, ShardSet.open(config.data) as shards:
+            distributed.barrier()
+            if run.finished:
+                return run.report()
+            return _train(config, run, shards, stop_after_steps)
+    finally:
+        distributed.stop()
+
+
+def build(config: PretrainConfig, size: int) -> MAE:
+    """The model of a config, its weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return MAE(
+            size=size,
+            patch=config.patch,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            heads=config.heads,
+            decoder_dim=config.decoder_dim,
+            decoder_depth=config.decoder_depth,
+            decoder_heads=config.decoder_heads,
+            norm_pix_loss=config.norm_pix_loss,
+        )
+
+
+def _train(
+    config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_steps: int | None
+) -> dict[str, Any]:
+    _refuse_what_does_not_fit(config, shards)
+    device = pick_device(config.run.device)
+    model = build(config, shards.size).to(device)
+    optimiser = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    total = math.ceil(config.epochs * len(shards) / config.batch_size)
+    step = _resume(run, model, optimiser)
+    wrapped: nn.Module = model
+    if distributed.world_size() > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    stream = Stream(
+        shards,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        position=step * config.batch_size,
+        threads=config.run.threads,
+    )
+    batches = iter(stream)
+    metrics = Metrics(run.path, step=step)
+    progress = Progress(total, f"pretrain {config.masking}", "steps", done=step)
+    clock = checkpoint.Clock(config.run.checkpoint_minutes)
+    end = total if stop_after_steps is None else min(total, stop_after_steps)
+    began, first, figures = time.monotonic(), step, {}
+    try:
+        while step < end:
+            alpha = alpha_at(step / total, config.gamma)
+            rate = learning_rate(
+                step,
+                peak=config.base_lr * config.batch_size / 256,
+                warmup_steps=round(config.warmup_epochs * len(shards) / config.batch_size),
+                total_steps=total,
+            )
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            masked = mask_batch(next(batches), config, side=model.side, groups=shards.groups, alpha=alpha)
+            loss = _step(wrapped, optimiser, masked, config, device)
+            if step % LOG_EVERY == 0 or step == total - 1:
+                figures = {"loss": distributed.mean(loss).item(), "lr": rate, "alpha": alpha}
+                if not math.isfinite(figures["loss"]):
+                    raise FloatingPointError(
+                        f"the loss is {figures['loss']} at step {step}; start again with a lower --base-lr, "
+                        "or with --precision fp32"
+                    )
+                figures["purity"] = purity(masked.mask, masked.labels, shards.groups).item()
+                speed = (step - first + 1) * config.batch_size / (time.monotonic() - began)
+                metrics.log(step, **figures, images_per_second=speed)
+            step += 1
+            progress.advance(**figures)
+            if clock.due() and step < end:
+                _save(run, step, model, optimiser, config, shards)
+        _save(run, step, model, optimiser, config, shards)
+    finally:
+        batches.close()
+        progress.close()
+        metrics.close()
+    report = {
+        "steps": step,
+        "samples": step * config.batch_size,
+        "data_fingerprint": shards.fingerprint,
+        **figures,
+    }
+    if step == total:
+        run.finish(report)
+    distributed.barrier()
+    return report
+
+
+def _step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    masked: Masked,
+    config: PretrainConfig,
+    device: torch.device,
+) -> torch.Tensor:
+    """One update; returns the loss of this rank's pictures."""
+    pixels = masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    images = (pixels - pixels.new_tensor(MEAN).reshape(3, 1, 1)) / pixels.new_tensor(STD).reshape(3, 1, 1)
+    with autocast(device, config.run.precision):
+        loss = model(images, masked.ids_visible.to(device), masked.ids_hidden.to(device))
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
+
+
+def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
+    if config.masking == "semmae" and shards.groups < 2:
+        raise ValueError(
+            f"--masking semmae needs part labels, and {config.data} has {shards.groups} group of them; "
+            "extract with a part learner, or take --masking random"
+        )
+    if shards.size % config.patch:
+        raise ValueError(
+            f"--patch {config.patch} does not divide the {shards.size}-px pictures of {config.data}"
+        )
+    side = shards.size // config.patch
+    if shards.grid % side:
+        raise ValueError(
+            f"{side}x{side} patches do not divide the {shards.grid}x{shards.grid} label grid of {config.data}; "
+            "choose another --patch, or extract with another --grid"
+        )
+    if config.batch_size % distributed.world_size():
+        raise ValueError(
+            f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks"
+        )
+
+
+def _decayed(model: MAE, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices; none on biases, norms and tokens."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    plain = {
+        name for name, weight in trained if weight.ndim == 1 or name.endswith(("cls_token", "mask_token"))
+    }
+    return [
+        {"params": [weight for name, weight in trained if name not in plain], "weight_decay": weight_decay},
+        {"params": [weight for name, weight in trained if name in plain], "weight_decay": 0.0},
+    ]
+
+
+def _save(
+    run: RunFolder,
+    step: int,
+    model: MAE,
+    optimiser: torch.optim.Optimizer,
+    config: PretrainConfig,
+    shards: ShardSet,
+) -> None:
+    if not distributed.is_main():
+        return
+    vit = {
+        "img_size": shards.size,
+        "patch_size": config.patch,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "source": "pretrain",
+    }
+    checkpoint.save(
+        run.path,
+        step,
+        model.state_dict(),
+        metadata={"vit": vit, "data_fingerprint": shards.fingerprint},
+        state={"optimiser": optimiser.state_dict()},
+    )
+
+
+def _resume(run: RunFolder, model: MAE, optimiser: torch.optim.Optimizer) -> int:
+    """Continue from the newest checkpoint; returns the steps done."""
+    newest = checkpoint.newest(run.path)
+    if newest is None:
+        return 0
+    model.load_state_dict(checkpoint.load_tensors(newest / "model.safetensors")[0])
+    state = checkpoint.load_state(newest)
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"]

@@ -1,0 +1,1 @@
+"""Part-labelled pictures at rest and as a stream. Knows no model."""

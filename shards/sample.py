@@ -1,0 +1,87 @@
+"""One sample: a picture with its labels, and the bytes of its members."""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8, UInt16
+
+from shards.errors import ShardError
+from shards.pictures import Box
+
+MAGIC, HEADER = b"\x93NUMPY\x01\x00", 128
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPicture:
+    """What a shard stores of one picture."""
+
+    key: str
+    """Eight digits: the place in the seeded order of inputs."""
+    source: str
+    class_id: int
+    """-1 without classes."""
+    jpeg: bytes
+    parts: UInt8[np.ndarray, "rows cols"]
+    fgrank: UInt16[np.ndarray, "rows cols"]
+    """A permutation; 0 = most likely foreground."""
+    src_width: int
+    src_height: int
+    box: Box
+    """The crop in source pixels: x0, y0, x1, y1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An input that is in no shard, and why."""
+
+    source: str
+    ordinal: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a shard gives back."""
+
+    index: int
+    key: str
+    jpeg: bytes
+    parts: UInt8[np.ndarray, "rows cols"]
+    fgrank: UInt16[np.ndarray, "rows cols"]
+    class_id: int
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as .npy version 1.0, little-endian, C order, behind a header of exactly 128 bytes."""
+    little = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"))
+    return npy_header(little.dtype, little.shape) + little.tobytes()
+
+
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The only header our members have, so that reading compares bytes instead of parsing."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
+    return MAGIC + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11).encode() + b"\n"
+
+
+def from_npy(data: bytes, dtype: str, grid: int) -> np.ndarray:
+    """The grid x grid array in the bytes of a member, without a copy.
+
+    Raises:
+        ShardError: The header or the length is another one.
+    """
+    kind = np.dtype(dtype)
+    if data[:HEADER] != npy_header(kind, (grid, grid)) or len(data) != HEADER + grid * grid * kind.itemsize:
+        raise ShardError(
+            f"expected a {grid}x{grid} .npy of {kind.name}, got {len(data)} bytes with another header"
+        )
+    return np.frombuffer(data, kind, offset=HEADER).reshape(grid, grid)
+
+
+def check_labels(parts: np.ndarray, fgrank: np.ndarray, *, groups: int, name: str) -> None:
+    """Labels lie below `groups`, ranks are a permutation; ShardError naming `name` otherwise."""
+    if parts.max() >= groups:
+        raise ShardError(f"{name} has the part label {parts.max()}, expected labels below {groups}")
+    if not np.array_equal(np.sort(fgrank, axis=None), np.arange(fgrank.size)):
+        raise ShardError(f"the foreground ranks of {name} are no permutation of 0 to {fgrank.size - 1}")

@@ -1,0 +1,142 @@
+"""A shard is written whole or not at all, and the same bytes every time: tar, then index, then sidecar."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import tarfile
+import uuid
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.atomic import sync_folder, write_json, write_whole
+from shards.sample import LabelledPicture, Rejected, check_labels, npy_bytes
+
+BLOCK, RECORD = 512, 10_240
+COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("class_id", pa.int32()),
+        ("src_width", pa.int32()),
+        ("src_height", pa.int32()),
+        *((side, pa.float32()) for side in ("x0", "y0", "x1", "y1")),
+        ("jpg_offset", pa.uint64()),
+        ("jpg_size", pa.uint32()),
+        ("parts_offset", pa.uint64()),
+        ("fgrank_offset", pa.uint64()),
+        ("span_end", pa.uint64()),
+        *((f"crc32_{member}", pa.uint32()) for member in ("jpg", "parts", "fgrank")),
+    ]
+)
+
+
+def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """Tar, index and sidecar of a shard."""
+    stem = folder / "shards" / f"{number:06d}"
+    return stem.with_suffix(".tar"), stem.with_suffix(".parquet"), stem.with_suffix(".json")
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    samples: Iterable[LabelledPicture],
+    *,
+    groups: int,
+    plan_digest: str,
+    rejected: list[Rejected],
+) -> dict[str, Any]:
+    """Commit one shard and return its sidecar, which is written last: with it, the shard is done.
+
+    `rejected` is read after `samples` is used up, so that the generator of samples may fill it. Two writers of the
+    same shard write the same bytes; the later rename wins and changes nothing.
+
+    Raises:
+        ShardError: A sample's labels are out of range, or its ranks no permutation.
+        OSError: The disk is full, say; nothing of this shard is left behind.
+    """
+    tar, index, sidecar = shard_paths(folder, number)
+    tar.parent.mkdir(exist_ok=True)
+    aside = tar.with_name(f".{tar.name}.{uuid.uuid4().hex}")
+    try:
+        with open(aside, "wb") as file:
+            writer = _TarWriter(file)
+            rows = [_write_sample(writer, sample, groups) for sample in samples]
+            writer.finish()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, tar)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(tar.parent)
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), table, compression="zstd")
+    write_whole(index, table.getvalue())
+    committed = {
+        "plan": plan_digest,
+        "samples": len(rows),
+        "tar": {"bytes": writer.offset, "sha256": writer.digest.hexdigest()},
+        "index": {"bytes": table.tell(), "sha256": hashlib.sha256(table.getvalue()).hexdigest()},
+        "rejected": [dataclasses.asdict(one) for one in rejected],
+    }
+    write_json(sidecar, committed)
+    return committed
+
+
+class _TarWriter:
+    """USTAR members whose headers depend on name and size alone; counts and hashes as it goes."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.offset, self.digest = file, 0, hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its first byte."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o444
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        at = self.offset
+        self._write(data + bytes(-len(data) % BLOCK))
+        return at
+
+    def finish(self) -> None:
+        """Two zero blocks, padded to a record."""
+        end = self.offset + 2 * BLOCK
+        self._write(bytes(2 * BLOCK + -end % RECORD))
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
+
+
+def _write_sample(writer: _TarWriter, sample: LabelledPicture, groups: int) -> dict[str, Any]:
+    """The members of a sample side by side, and its row of the index."""
+    check_labels(sample.parts, sample.fgrank, groups=groups, name=sample.source)
+    parts, fgrank = npy_bytes(sample.parts), npy_bytes(sample.fgrank)
+    jpg_offset = writer.add(f"{sample.key}.jpg", sample.jpeg)
+    if sample.class_id >= 0:
+        writer.add(f"{sample.key}.cls", str(sample.class_id).encode())
+    parts_offset = writer.add(f"{sample.key}.parts.npy", parts)
+    fgrank_offset = writer.add(f"{sample.key}.fgrank.npy", fgrank)
+    row = {
+        "key": sample.key,
+        "source": sample.source,
+        "class_id": sample.class_id,
+        "src_width": sample.src_width,
+        "src_height": sample.src_height,
+        "jpg_offset": jpg_offset,
+        "jpg_size": len(sample.jpeg),
+        "parts_offset": parts_offset,
+        "fgrank_offset": fgrank_offset,
+        "span_end": fgrank_offset + len(fgrank),
+        "crc32_jpg": zlib.crc32(sample.jpeg),
+        "crc32_parts": zlib.crc32(parts),
+        "crc32_fgrank": zlib.crc32(fgrank),
+    }
+    return row | dict(zip(("x0", "y0", "x1", "y1"), sample.box, strict=True))

@@ -1,0 +1,158 @@
+"""Every form in which people hand out ViT weights loads strictly, and anything else fails in one sentence."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+
+from partlearn.encoders import load_encoder
+from partlearn.weights import read_weights, resize_positions
+from training.checkpoint import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def vit_small() -> dict[str, torch.Tensor]:
+    """The keys and shapes of an official iBOT ViT-S/16, drawn at random."""
+    return timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0).state_dict()
+
+
+def images(side: int, count: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
+
+
+def official_forms(weights):
+    heads = {"head.mlp.0.weight": torch.zeros(2, 2)}
+    ddp = {f"module.backbone.{name}": value for name, value in weights.items()}
+    teacher = {f"backbone.{name}": value for name, value in weights.items()}
+    args = argparse.Namespace(arch="vit_small", patch_size=16)
+    return {
+        "flat": dict(weights),
+        "teacher only": {"state_dict": weights | heads},
+        "whole training": {
+            "student": {name: value + 1 for name, value in ddp.items()}
+            | {"module.backbone.masked_embed": torch.zeros(1, 384)},
+            "teacher": teacher | heads,
+            "optimizer": {"state": {}},
+            "epoch": 3,
+            "args": args,
+        },
+        "mae": {"model": weights | {"decoder_pos_embed": torch.zeros(1), "mask_token": torch.zeros(1)}},
+    }
+
+
+@pytest.mark.parametrize("form", ["flat", "teacher only", "whole training", "mae"])
+def test_an_official_ibot_file_loads_strictly_whatever_wraps_it(form, vit_small, tmp_path):
+    torch.save(official_forms(vit_small)[form], tmp_path / "ibot.pth")
+
+    encoder = load_encoder(f"ibot:{tmp_path / 'ibot.pth'}", grid=14)
+
+    assert (encoder.dim, encoder.depth, encoder.heads, encoder.patch) == (384, 12, 6, 16)
+    assert torch.equal(encoder.model.blocks[3].attn.qkv.weight, vit_small["blocks.3.attn.qkv.weight"])
+
+
+def test_a_file_that_misses_a_tensor_fails_and_names_it(vit_small, tmp_path):
+    torch.save({n: w for n, w in vit_small.items() if n != "blocks.7.norm2.bias"}, tmp_path / "cut.pth")
+
+    with pytest.raises(CheckpointError, match=r"1 missing \(blocks\.7\.norm2\.bias\)"):
+        load_encoder(f"dino:{tmp_path / 'cut.pth'}")
+
+
+def test_a_file_of_another_architecture_fails(vit_small, tmp_path):
+    torch.save(dict(vit_small), tmp_path / "small.pth")
+
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load_encoder(f"timm:vit_tiny_patch16_224={tmp_path / 'small.pth'}")
+
+
+def test_a_prefix_is_stripped_only_where_it_leads(tmp_path):
+    torch.save(
+        {"module.backbone.x": torch.zeros(1), "blocks.backbone.y": torch.zeros(1)}, tmp_path / "odd.pth"
+    )
+
+    weights, _ = read_weights(tmp_path / "odd.pth")
+
+    assert set(weights) == {"x", "blocks.backbone.y"}
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    torch.save({"teacher": Evil()}, tmp_path / "evil.pth")
+
+    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
+        read_weights(tmp_path / "evil.pth")
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("resnet", "--encoder must be"),
+        ("random:vit_gigantic_patch3", "timm knows no architecture"),
+        ("ibot:/no/such/file.pth", "no weights at"),
+        ("run:/no/such/run", "no checkpoint at"),
+    ],
+)
+def test_a_wrong_source_is_one_sentence(source, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        load_encoder(source)
+
+
+def test_a_size_that_the_patches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="patches of 16 px, which do not divide 100 px"):
+        load_encoder("random:vit_tiny_patch16_224", size=100)
+
+
+def test_positions_keep_their_prefix_and_stay_put_on_their_own_grid():
+    positions = torch.randn(1, 1 + 49, 8)
+
+    assert torch.equal(resize_positions(positions, prefix=1, grid=7), positions)
+    resized = resize_positions(positions, prefix=1, grid=14)
+    assert resized.shape == (1, 1 + 196, 8)
+    assert torch.equal(resized[:, :1], positions[:, :1])
+
+
+def test_encoder_outputs_are_timms_own():
+    encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
+    pictures = images(64, 2)
+
+    tokens = encoder(pictures)
+
+    expected = encoder.model.forward_features(encoder.normalised(pictures))
+    assert torch.allclose(tokens.class_token, expected[:, 0], atol=1e-5)
+    assert torch.allclose(tokens.patch_tokens, expected[:, 1:], atol=1e-5)
+
+
+def test_tokens_of_a_block_are_what_that_block_reads():
+    encoder = load_encoder("random:vit_tiny_patch16_224", size=64, block=2, precision="fp32")
+    seen = []
+    encoder.model.blocks[2].attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    tokens = encoder(images(64))
+
+    assert torch.allclose(tokens.block_tokens, seen[0], atol=1e-6)
+
+
+def test_class_attention_is_the_class_row_of_the_full_attention():
+    encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
+    attn, seen = encoder.model.blocks[-1].attn, []
+    attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    tokens = encoder(images(64, 2))
+
+    batch, count, dim = seen[0].shape
+    q, k, _ = attn.qkv(seen[0]).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    full = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
+    assert torch.allclose(tokens.class_attention, full[:, :, 0, 1:], atol=1e-5)
+
+
+def test_with_kept_patches_only_those_are_computed():
+    encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
+    pictures, everything = images(64, 2), torch.arange(16).expand(2, -1)
+
+    assert torch.allclose(
+        encoder(pictures, everything).patch_tokens, encoder(pictures).patch_tokens, atol=1e-5
+    )
+    assert encoder(pictures, everything[:, :5]).patch_tokens.shape == (2, 5, 192)

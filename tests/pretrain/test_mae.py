@@ -1,0 +1,146 @@
+"""The autoencoder against timm, against slow twins, and against itself on fewer patches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.mae import MAE, normalised, patchify, unpatchify
+from pretrain.patches import best_patches, pool_labels, split
+from pretrain.position import sincos_positions
+
+
+@pytest.fixture(scope="module")
+def model() -> MAE:
+    torch.manual_seed(0)
+    return MAE(
+        size=32, patch=8, embed_dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2
+    ).eval()
+
+
+def test_positions_are_maes_formula():
+    table = sincos_positions(8, 3)[0]
+
+    assert table[0].tolist() == [0] * 8
+    for row in range(3):
+        for column in range(3):
+            for k in range(2):
+                frequency = 10_000 ** (-k / 2)
+                token = table[1 + 3 * row + column]
+                expected = [math.sin(column * frequency), math.cos(column * frequency)]
+                assert token[[k, 2 + k]].tolist() == pytest.approx(expected, abs=1e-6)
+                expected = [math.sin(row * frequency), math.cos(row * frequency)]
+                assert token[[4 + k, 6 + k]].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_with_nothing_hidden_the_encoder_is_timms_own(model):
+    images = torch.randn(2, 3, 32, 32)
+    everything = torch.arange(16).expand(2, -1)
+
+    encoded = model.encode(patchify(images, 8), everything)
+
+    assert torch.allclose(encoded, model.encoder.forward_features(images), atol=1e-5)
+
+
+def test_a_patch_is_embedded_wherever_it_stands_in_the_list(model):
+    images, ids = torch.randn(1, 3, 32, 32), torch.tensor([[9, 2, 14]])
+    patches = patchify(images, 8)
+
+    one = model.encode(patches[:, [9, 2, 14]], ids)
+    other = model.encode(patches[:, [14, 9, 2]], torch.tensor([[14, 9, 2]]))
+
+    assert torch.allclose(one[:, [0, 3, 1, 2]], other, atol=1e-5)
+
+
+def test_patches_outside_both_lists_do_not_matter(model):
+    """Keep-quarter: the loss on a quarter is that of any picture which agrees there."""
+    images, other = torch.randn(2, 2, 3, 32, 32)
+    visible, hidden = torch.tensor([[0, 5], [3, 4]]), torch.tensor([[10, 11], [1, 15]])
+    mixed = patchify(other, 8)
+    for ids in (visible, hidden):
+        index = ids[..., None].expand(-1, -1, mixed.shape[-1])
+        mixed.scatter_(1, index, patchify(images, 8).gather(1, index))
+
+    assert torch.allclose(
+        model(images, visible, hidden), model(unpatchify(mixed, 8), visible, hidden), atol=1e-6
+    )
+
+
+def test_hidden_pixels_do_not_reach_the_prediction(model):
+    images, visible, hidden = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5, 6]]), torch.tensor([[1, 2, 3]])
+    patches = patchify(images, 8)
+    changed = patches.clone()
+    changed[:, [1, 2, 3]] += 1
+
+    assert torch.equal(model.predict(patches, visible, hidden), model.predict(changed, visible, hidden))
+
+
+def test_the_loss_is_its_definition_a_patch_at_a_time(model):
+    images, visible, hidden = (
+        torch.randn(2, 3, 32, 32),
+        torch.arange(4).expand(2, -1),
+        torch.arange(4, 16).expand(2, -1),
+    )
+
+    loss = model(images, visible, hidden)
+
+    patches = patchify(images, 8)
+    predicted, total = model.predict(patches, visible, hidden), 0.0
+    for b in range(2):
+        for place, patch in enumerate(range(4, 16)):
+            pixels = patches[b, patch]
+            target = (pixels - pixels.mean()) / (pixels.var(unbiased=True) + 1e-6).sqrt()
+            total += (predicted[b, place] - target).square().mean().item()
+    assert loss.item() == pytest.approx(total / 24, rel=1e-5)
+
+
+def test_a_reconstruction_keeps_what_was_visible(model):
+    images, visible, hidden = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5]]), torch.tensor([[1, 2]])
+
+    rebuilt = patchify(model.reconstruct(images, visible, hidden), 8)
+
+    assert torch.equal(rebuilt[0, [0, 5]], patchify(images, 8)[0, [0, 5]])
+    assert (rebuilt[0, 7] == 0).all()
+
+
+def test_patches_come_back():
+    images = torch.randn(2, 3, 24, 24)
+
+    assert torch.equal(unpatchify(patchify(images, 8), 8), images)
+
+
+def test_a_flat_patch_is_no_division_by_zero():
+    assert torch.isfinite(normalised(torch.full((1, 1, 192), 0.3))).all()
+
+
+@given(seed=st.integers(0, 99), block=st.sampled_from([1, 2, 3]), groups=st.integers(1, 5))
+def test_pooled_labels_are_majorities_with_ties_to_the_lower_label(seed, block, groups):
+    parts = torch.randint(0, groups, (2, 4 * block, 4 * block), generator=torch.Generator().manual_seed(seed))
+
+    pooled = pool_labels(parts, 4, groups)
+
+    for b in range(2):
+        for y in range(4):
+            for x in range(4):
+                cells = parts[b, y * block : (y + 1) * block, x * block : (x + 1) * block].flatten().tolist()
+                expected = min(range(groups), key=lambda label: (-cells.count(label), label))
+                assert pooled[b, 4 * y + x].item() == expected
+
+
+def test_labels_that_patches_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="28x28 cells cannot be shared by 16x16 patches"):
+        pool_labels(torch.zeros(1, 28, 28).long(), 16, 7)
+
+
+def test_the_quarter_best_in_foreground_leaves_49_of_196_visible():
+    fgrank = torch.randperm(784).reshape(1, 28, 28)
+
+    kept = best_patches(fgrank, 28, 0.25)
+    mask = torch.arange(196)[None] < 147
+    visible, hidden = split(kept, mask)
+
+    assert sorted(fgrank.flatten()[kept[0]].tolist()) == list(range(196))
+    assert (visible.shape[1], hidden.shape[1]) == (49, 147)
+    assert sorted(torch.cat([visible, hidden], dim=1)[0].tolist()) == kept[0].tolist()

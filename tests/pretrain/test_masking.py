@@ -1,0 +1,150 @@
+"""Algorithm 1: exact counts, the worked table, and a loop written from the paper."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.algorithm1 import counts
+
+from pretrain.masking import (
+    alpha_at,
+    hidden_count,
+    masked_per_part,
+    purity,
+    random_masking,
+    semantic_masking,
+)
+
+awkward_sizes = st.lists(
+    st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9
+).filter(lambda sizes: sum(sizes) > 1)
+TABLE = [  # method reference, section 4: n = 5 0 12 9 3 20, L = 49, M = 37
+    ([2, 5, 3, 0, 4, 1], 0.0, [4, 0, 9, 7, 2, 15]),
+    ([2, 5, 3, 0, 4, 1], 0.5, [2, 0, 10, 6, 1, 18]),
+    ([2, 5, 3, 0, 4, 1], 1.0, [0, 0, 12, 5, 0, 20]),
+    ([3, 5, 0, 1, 4, 2], 0.25, [4, 0, 7, 7, 3, 16]),
+    ([3, 5, 0, 1, 4, 2], 0.5, [4, 0, 4, 8, 3, 18]),
+    ([3, 5, 0, 1, 4, 2], 0.75, [5, 0, 2, 8, 3, 19]),
+    ([3, 5, 0, 1, 4, 2], 1.0, [5, 0, 0, 9, 3, 20]),
+]
+
+
+def noise_of(order: list[int]) -> torch.Tensor:
+    """Noise that sorts the parts into `order`."""
+    noise = torch.empty(1, len(order))
+    noise[0, order] = torch.arange(len(order)) / len(order)
+    return noise
+
+
+def labels_of(sizes: list[int], seed: int = 0) -> torch.Tensor:
+    flat = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))][None]
+
+
+def masked_counts(mask: torch.Tensor, labels: torch.Tensor, parts: int) -> list[int]:
+    return [int((mask[0] & (labels[0] == part)).sum()) for part in range(parts)]
+
+
+@pytest.mark.parametrize(("order", "alpha", "expected"), TABLE)
+def test_the_worked_table_of_the_method_page(order, alpha, expected):
+    sizes = [5, 0, 12, 9, 3, 20]
+
+    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), 37, alpha)
+
+    assert hidden_count(49, 0.75) == 37
+    assert found[0].tolist() == expected
+
+
+@given(
+    sizes=awkward_sizes,
+    ratio=st.sampled_from([0.25, 0.5, 0.6, 0.75, 0.9]),
+    numerator=st.integers(0, 8),
+    data=st.data(),
+)
+def test_counts_are_those_of_the_loop(sizes, ratio, numerator, data):
+    order = data.draw(st.permutations(range(len(sizes))))
+    hidden = hidden_count(sum(sizes), ratio)
+
+    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), hidden, numerator / 8)
+
+    assert found[0].tolist() == counts(sizes, list(order), hidden, Fraction(numerator, 8))
+
+
+@given(sizes=awkward_sizes, ratio=st.floats(0.05, 0.95), alpha=st.floats(0, 1), seed=st.integers(0, 99))
+def test_every_picture_hides_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat(
+        [labels_of(sizes, seed), labels_of(sizes[::-1], seed), torch.zeros(1, sum(sizes)).long()]
+    )
+
+    mask = semantic_masking(
+        labels,
+        torch.rand(labels.shape, generator=generator),
+        torch.rand(3, len(sizes), generator=generator),
+        mask_ratio=ratio,
+        alpha=alpha,
+    )
+
+    assert (mask.sum(dim=1) == hidden_count(sum(sizes), ratio)).all()
+
+
+def test_more_groups_than_patches_is_fine():
+    labels = torch.tensor([[7, 0, 11, 3]])
+
+    mask = semantic_masking(labels, torch.rand(1, 4), torch.rand(1, 12), mask_ratio=0.5, alpha=1.0)
+
+    assert mask.sum() == 2
+
+
+@given(sizes=awkward_sizes, seed=st.integers(0, 99))
+def test_at_alpha_1_at_most_one_part_is_cut(sizes, seed):
+    labels = labels_of(sizes, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    mask = semantic_masking(
+        labels,
+        torch.rand(labels.shape, generator=generator),
+        torch.rand(1, len(sizes), generator=generator),
+        mask_ratio=0.75,
+        alpha=1.0,
+    )
+
+    found = masked_counts(mask, labels, len(sizes))
+    assert sum(0 < hidden < size for hidden, size in zip(found, sizes, strict=True)) <= 1
+    there = sum(size > 0 for size in sizes)
+    assert purity(mask, labels, len(sizes)).item() >= (there - 1) / there - 1e-6
+
+
+def test_inside_a_part_the_least_noise_is_hidden():
+    labels, noise = torch.tensor([[0, 1, 0, 1, 0, 1, 0, 1]]), torch.tensor([[8, 7, 6, 5, 4, 3, 2, 1]]) / 10
+
+    mask = semantic_masking(labels, noise, torch.rand(1, 2), mask_ratio=0.5, alpha=0.0)
+
+    assert mask.tolist() == [[False, False, False, False, True, True, True, True]]
+
+
+def test_a_mask_depends_on_its_own_row_alone():
+    labels, noise, order = torch.randint(0, 7, (8, 49)), torch.rand(8, 49), torch.rand(8, 7)
+
+    together = semantic_masking(labels, noise, order, mask_ratio=0.75, alpha=0.4)
+
+    for row in range(8):
+        alone = semantic_masking(
+            labels[row : row + 1], noise[row : row + 1], order[row : row + 1], mask_ratio=0.75, alpha=0.4
+        )
+        assert torch.equal(alone[0], together[row])
+
+
+def test_random_masking_hides_the_least_noise():
+    noise = torch.rand(5, 196)
+
+    mask = random_masking(noise, mask_ratio=0.75)
+
+    assert (mask.sum(dim=1) == 147).all()
+    assert (noise[mask].reshape(5, -1).amax(1) < noise[~mask].reshape(5, -1).amin(1)).all()
+
+
+def test_alpha_goes_from_0_to_1_with_progress():
+    assert [alpha_at(progress, 2.0) for progress in (0, 0.5, 1, 1.5)] == [0, 0.25, 1, 1]

@@ -1,0 +1,145 @@
+"""Run folders, checkpoints, metrics and schedules keep their promises."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training import checkpoint
+from training.checkpoint import CheckpointError
+from training.config import RunConfig
+from training.device import pick_device
+from training.metrics import Metrics, read_metrics
+from training.progress import clock
+from training.run import RunError, RunFolder
+from training.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Toy:
+    lr: float = 0.1
+    run: RunConfig
+
+
+def toy(out: Path, **changes) -> Toy:
+    return Toy(run=RunConfig(out=out), **changes)
+
+
+def save(run: Path, step: int) -> Path:
+    return checkpoint.save(
+        run, step, {"weight": torch.full((2,), float(step))}, metadata={"vit": {"dim": 2}}, state={"seed": 1}
+    )
+
+
+def test_a_run_folder_holds_its_config_and_is_finished_by_done(tmp_path):
+    with RunFolder.open(toy(tmp_path / "run")) as run:
+        assert not run.finished
+        run.finish({"loss": 0.5})
+
+    assert json.loads((tmp_path / "run/config.json").read_text())["lr"] == 0.1
+    assert (
+        json.loads((tmp_path / "run/environment.json").read_text())["versions"]["torch"]
+        == torch.__version__.split("+")[0]
+    )
+    with RunFolder.open(toy(tmp_path / "run")) as run:
+        assert run.finished
+        assert run.report() == {"loss": 0.5}
+
+
+def test_another_config_is_refused_and_the_difference_named(tmp_path):
+    RunFolder.open(toy(tmp_path)).close()
+
+    with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
+        RunFolder.open(toy(tmp_path, lr=0.2))
+
+
+def test_what_only_changes_speed_may_change(tmp_path):
+    RunFolder.open(toy(tmp_path)).close()
+
+    RunFolder.open(Toy(run=dataclasses.replace(RunConfig(out=tmp_path), threads=7))).close()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+
+    with pytest.raises(ValueError, match="neither empty nor a run folder"):
+        RunFolder.open(toy(tmp_path))
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path):
+    with RunFolder.open(toy(tmp_path)), pytest.raises(RunError, match="in use by another process"):
+        RunFolder.open(toy(tmp_path))
+
+
+def test_checkpoints_come_back_and_old_ones_go(tmp_path):
+    for step in (1, 2, 30):
+        save(tmp_path, step)
+
+    newest = checkpoint.newest(tmp_path)
+    tensors, metadata = checkpoint.load_tensors(newest / "model.safetensors")
+    assert newest.name == "step-00000030"
+    assert tensors["weight"].tolist() == [30, 30]
+    assert metadata["vit"] == {"dim": 2}
+    assert checkpoint.load_state(newest) == {"seed": 1, "step": 30}
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_a_checkpoint_torn_by_a_kill_is_not_seen(tmp_path):
+    save(tmp_path, 1)
+    torn = tmp_path / "checkpoints/.step-00000002.partial"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    assert save(tmp_path, 2).name == "step-00000002"
+    assert not torn.exists()
+
+
+def test_a_torn_file_is_a_sentence(tmp_path):
+    path = save(tmp_path, 1) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        checkpoint.load_tensors(path)
+
+
+def test_metrics_after_a_resume_are_those_of_one_run(tmp_path):
+    first = Metrics(tmp_path, step=0)
+    for step in range(4):
+        first.log(step, loss=step / 2)
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+
+    second = Metrics(tmp_path, step=2)
+    second.log(2, loss=9)
+    second.close()
+
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(0, 0), (1, 0.5), (2, 9)]
+
+
+@given(step=st.integers(0, 200), warmup=st.integers(0, 50))
+def test_the_learning_rate_rises_then_falls_to_its_end(step, warmup):
+    rate = learning_rate(step, peak=1.0, warmup_steps=warmup, total_steps=100, final=0.1)
+
+    assert 0 <= rate <= 1
+    if step < warmup:
+        assert rate == step / warmup
+    elif step >= 100:
+        assert rate == pytest.approx(0.1)
+
+
+def test_a_device_the_machine_lacks_is_refused():
+    lacking = "mps" if not torch.backends.mps.is_available() else "cuda"
+
+    with pytest.raises(ValueError, match="this machine offers"):
+        pick_device(lacking)
+
+
+def test_times_are_said_as_people_say_them():
+    assert [clock(s) for s in (4.2, 190, 7500)] == ["4 s", "3 min 10 s", "2 h 05 min"]

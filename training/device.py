@@ -1,0 +1,32 @@
+"""Which device, and in which precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` takes cuda, then mps, then cpu. ValueError when the machine lacks it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(candidate for candidate, there in available.items() if there)
+    if not available[name]:
+        here = ", ".join(candidate for candidate, there in available.items() if there)
+        raise ValueError(f"--device {name} was asked for, but this machine offers {here}; use --device auto")
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is native there: CUDA from Ampere on, CPUs with AVX-512 BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 autocast when asked for, or for `auto` where the device computes it; otherwise nothing."""
+    if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,52 @@
+"""Numbers of a run: one JSON line a step, and the same as TensorBoard events."""
+
+import json
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from training import distributed
+
+
+class Metrics:
+    """Appends to `run/metrics.jsonl`; lines at or after `step`, left by a killed run, are cut first."""
+
+    def __init__(self, run: Path, *, step: int):
+        self._file = None
+        if not distributed.is_main():
+            return
+        path = run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < step]
+        aside = path.with_name(".metrics.jsonl.partial")
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+        self._file = open(path, "a")
+        self._board = SummaryWriter(run, purge_step=step)
+
+    def log(self, step: int, **numbers: float) -> None:
+        """One line: the step and its numbers."""
+        if self._file is None:
+            return
+        plain = {name: float(value) for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step} | plain) + "\n")
+        self._file.flush()
+        for name, value in plain.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The logged lines of a run, oldest first."""
+    return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log; a line cut by a kill has no newline and is left out."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,139 @@
+"""A run folder: config.json, environment.json, metrics.jsonl, checkpoints/, and DONE.json last."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from shards.atomic import read_json, write_json
+from training import distributed
+
+PACKAGES = ("semmae", "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "pyarrow", "ray")
+
+
+class RunError(Exception):
+    """A run folder that cannot be opened: in use, or of another config."""
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """Commit and dirt of the checkout this code runs from; nulls outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values (paths as text, tuples as lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+class RunFolder:
+    """An open run folder; only the main rank writes into it. Use as a context manager."""
+
+    def __init__(self, path: Path, lock: FileLock | None):
+        self.path = path
+        self.finished = (path / "DONE.json").is_file()
+        self._lock = lock
+
+    @classmethod
+    def open(cls, config: Any) -> "RunFolder":
+        """Open `config.run.out`, making it when missing and continuing it when the config is the same.
+
+        Raises:
+            ValueError: The folder belongs to a run of another config; the differing fields are named.
+            RunError: Another process works in the folder.
+        """
+        path = Path(config.run.out)
+        if not distributed.is_main():
+            return cls(path, None)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(
+                f"{path} is in use by another process; wait for it or choose another --out"
+            ) from None
+        try:
+            _claim(path, config)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock)
+
+    def report(self) -> dict[str, Any]:
+        """What the finished run wrote as its last word."""
+        return read_json(self.path / "DONE.json")
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write DONE.json: from now on the run is complete and is reused as it is."""
+        if distributed.is_main():
+            write_json(self.path / "DONE.json", report)
+        self.finished = True
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _claim(path: Path, config: Any) -> None:
+    """Write config.json and environment.json, or check that config.json says the same.
+
+    `run` is left out of the comparison: it says where and how fast, never what.
+    """
+    ours = as_json(config) | {"verb": type(config).__name__}
+    if (path / "config.json").is_file():
+        theirs = read_json(path / "config.json")
+        fields = sorted((set(ours) | set(theirs)) - {"run"})
+        differing = [
+            f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
+            for name in fields
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
+            )
+    elif any(entry.name != ".lock" for entry in path.iterdir()):
+        raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")
+    else:
+        write_json(path / "config.json", ours)
+    write_json(
+        path / "environment.json",
+        {
+            "command": sys.argv,
+            "git": git_state(),
+            "versions": package_versions(),
+            "machine": platform.platform(),
+        },
+    )
