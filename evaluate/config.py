@@ -34,7 +34,7 @@ class FeatureConfig:
     json: Path | None = None
     """Also write the rows to this file, as one JSON list."""
     out: Path | None = None
-    """Folder whose results.jsonl the rows are added to; unless told, the checkpoint's run folder or ./runs."""
+    """Folder whose results.jsonl the rows are added to; otherwise the checkpoint's run folder or ./runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the encoder runs; auto takes cuda, then mps, then cpu."""
     threads: int = 2
@@ -48,13 +48,9 @@ class FeatureConfig:
         if self.val_data and self.val_images:
             raise ValueError("the test split is either --val-data or --val-images, got both")
         if self.tokens == "kept" and (self.images or self.val_images):
-            raise ValueError(
-                "--tokens kept needs the foreground rank of a shard set; use --data and --val-data"
-            )
+            raise ValueError("--tokens kept needs the foreground rank of a shard set; use --data and --val-data")
         if self.batch_size < 1 or self.threads < 1:
-            raise ValueError(
-                f"batch_size and threads must be at least 1, got {self.batch_size} and {self.threads}"
-            )
+            raise ValueError(f"batch_size and threads must be at least 1, got {self.batch_size} and {self.threads}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +91,7 @@ class ProbeConfig(FeatureConfig):
             )
         if self.base_lr <= 0 or self.warmup_epochs < 0:
             raise ValueError(
-                "base_lr must be above 0 and warmup_epochs not negative, got "
-                f"{self.base_lr} and {self.warmup_epochs}"
+                f"base_lr must be above 0 and warmup_epochs not negative, got {self.base_lr} and {self.warmup_epochs}"
             )
 
 

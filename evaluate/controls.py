@@ -17,9 +17,7 @@ def centre_prior(grid: int) -> Float[np.ndarray, "grid grid"]:
     return -np.hypot(offset[:, None], offset[None, :])
 
 
-def darkness(
-    images: UInt8[np.ndarray, "pictures side side 3"], grid: int
-) -> Float[np.ndarray, "pictures grid grid"]:
+def darkness(images: UInt8[np.ndarray, "pictures side side 3"], grid: int) -> Float[np.ndarray, "pictures grid grid"]:
     """1 - mean of the three channels: dark cells first."""
     return 1 - cell_colours(images, grid).mean(axis=-1)
 
@@ -43,10 +41,7 @@ def cell_colours(
         raise ValueError(f"pictures must be at least {grid} pixels wide for {grid} cells a side, got {side}")
     starts = -(-np.arange(grid) * side // grid)
     sums = np.stack(  # a picture at a time: all of them as 64-bit sums would not fit
-        [
-            np.add.reduceat(np.add.reduceat(image, starts, axis=0, dtype=np.int64), starts, axis=1)
-            for image in images
-        ]
+        [np.add.reduceat(np.add.reduceat(image, starts, axis=0, dtype=np.int64), starts, axis=1) for image in images]
     )
     heights = np.diff(np.append(starts, side))
     return sums / (255.0 * heights[:, None, None] * heights[None, :, None])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,36 +90,34 @@ class TrainAndTest:
     checkpoint_sha256: str
     data_fingerprint: str
 
-    @classmethod
-    def of(cls, config: FeatureConfig) -> Self:
-        """Load the encoder and the pictures that `config` names and compute all features, in fp32."""
-        train = load_split(config.data, config.images)
-        test = (
-            load_split(config.val_data, config.val_images) if config.val_data or config.val_images else None
+
+def train_and_test(config: FeatureConfig) -> TrainAndTest:
+    """Load the encoder and the pictures that `config` names and compute all features, in fp32."""
+    train = load_split(config.data, config.images)
+    test = load_split(config.val_data, config.val_images) if config.val_data or config.val_images else None
+    encoder, checkpoint_sha256 = open_encoder(config, train)
+
+    def features_of(split: Split) -> tuple[Tensor, Tensor]:
+        return extract_features(
+            encoder,
+            split,
+            tokens=config.tokens,
+            pool=config.pool,
+            batch_size=config.batch_size,
+            threads=config.threads,
         )
-        encoder, checkpoint_sha256 = open_encoder(config, train)
 
-        def features_of(split: Split) -> tuple[Tensor, Tensor]:
-            return extract_features(
-                encoder,
-                split,
-                tokens=config.tokens,
-                pool=config.pool,
-                batch_size=config.batch_size,
-                threads=config.threads,
-            )
-
-        features, labels = features_of(train)
-        classes = len(train.classes) or int(labels.max()) + 1
-        if test is None:
-            held = held_out(len(labels), config.seed)
-            split = features[~held], labels[~held], features[held], labels[held]
-            fingerprint = train.fingerprint
-        else:
-            test_features, test_labels = features_of(test)
-            split = features, labels, test_features, same_classes(test_labels, test, train)
-            fingerprint = sha256_json([train.fingerprint, test.fingerprint])
-        return cls(*split, classes, config.checkpoint or config.encoder, checkpoint_sha256, fingerprint)
+    features, labels = features_of(train)
+    classes = len(train.classes) or int(labels.max()) + 1
+    if test is None:
+        held = held_out(len(labels), config.seed)
+        split = features[~held], labels[~held], features[held], labels[held]
+        fingerprint = train.fingerprint
+    else:
+        test_features, test_labels = features_of(test)
+        split = features, labels, test_features, same_classes(test_labels, test, train)
+        fingerprint = sha256_json([train.fingerprint, test.fingerprint])
+    return TrainAndTest(*split, classes, config.checkpoint or config.encoder, checkpoint_sha256, fingerprint)
 
 
 def load_split(data: str, images: str) -> Split:
@@ -188,9 +186,7 @@ def extract_features(
             file=sys.stderr,
         )
     if not features:
-        raise ValueError(
-            f"not one of the {len(split)} pictures in {split.source} could be read; check the files"
-        )
+        raise ValueError(f"not one of the {len(split)} pictures in {split.source} could be read; check the files")
     return torch.cat(features).float(), torch.cat(labels)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluate.config import KnnConfig
-from evaluate.features import TrainAndTest
+from evaluate.features import train_and_test
 from evaluate.result import Result, rows_of, write_results
 from training.device import pick_device
 
@@ -21,7 +21,7 @@ def knn(config: KnnConfig) -> list[Result]:
     Raises:
         ValueError: The pictures have no classes, or the encoder source is wrong.
     """
-    found = TrainAndTest.of(config)
+    found = train_and_test(config)
     device = pick_device("cpu" if config.device == "mps" else config.device)
     votes = knn_votes(
         found.train.to(device),
@@ -52,8 +52,8 @@ def knn_votes(
 
         votes[c] = Σ over the k neighbours of class c of exp((cosine - 1) / temperature)
 
-    The - 1 changes no order and keeps a vote at 1 or less. Exact: every pair is compared, `chunk` test pictures at
-    a time. k is at most the training set; of equally near pictures the one earlier in it is the neighbour.
+    The - 1 changes no order and keeps a vote at 1 or less. Exact: every pair is compared, `chunk` test pictures
+    at a time. k is at most the training set; of equally near pictures the one earlier in it is the neighbour.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(neighbours, len(train))

@@ -1,7 +1,7 @@
 """Linear probe on frozen features: the protocol of MAE (arXiv:2111.06377, appendix A.1, main_linprobe.py).
 
-A departure makes it fast: features are those of one centre crop, computed once, where MAE draws a fresh crop and
-flip every epoch. Expect a little less than MAE's numbers, and compare rows of this probe only with each other.
+A departure makes it fast: features are those of one centre crop, computed once, where MAE draws a fresh crop
+and flip every epoch. Expect a little less than MAE's numbers; compare rows of this probe only with each other.
 """
 
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluate.config import ProbeConfig
-from evaluate.features import TrainAndTest
+from evaluate.features import train_and_test
 from evaluate.knn import accuracies
 from evaluate.result import Result, rows_of, write_results
 from training.device import pick_device
@@ -29,7 +29,7 @@ def probe(config: ProbeConfig) -> list[Result]:
     Raises:
         ValueError: The pictures have no classes, or the encoder source is wrong.
     """
-    found = TrainAndTest.of(config)
+    found = train_and_test(config)
     device = pick_device(config.device)
     batch, peak = batch_and_peak(len(found.train), config.probe_batch, config.base_lr)
     head = train_head(
@@ -54,9 +54,10 @@ def probe(config: ProbeConfig) -> list[Result]:
 def batch_and_peak(count: int, asked: int | None, base_lr: float) -> tuple[int, float]:
     """Features a step, and the peak learning rate base_lr · batch / 256.
 
-    Without a wish the batch is MAE's 16,384. Below 10,000 features that is one step an epoch, and a smaller batch
-    under the linear rule leaves the weights nearly where they began: LARS moves them by lr/1000 of their norm a
-    step, so the way is proportional to the number of features. There, steps of 256 keep the rate of 16,384.
+    Unless `asked`, the batch is MAE's 16,384. Below 10,000 features that is one step an epoch, and a smaller
+    batch under the linear rule leaves the weights nearly where they began: LARS moves them by lr/1000 of their
+    norm a step, so the way is proportional to the number of features. There, steps of 256 keep
+    the rate of 16,384 (10 classes, 400 features of a ViT-Tiny: 66 % against 13 % under the linear rule).
 
     Raises:
         ValueError: There are fewer than two features, too few for batch statistics.
@@ -87,9 +88,7 @@ def train_head(
     linear = nn.Linear(features.shape[1], classes)
     nn.init.normal_(linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(linear.bias)
-    head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), linear).to(
-        features.device
-    )
+    head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), linear).to(features.device)
     optimizer = lars(linear, lr=peak)
     steps_per_epoch = max(1, len(features) // batch)
     total, step = epochs * steps_per_epoch, 0

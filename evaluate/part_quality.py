@@ -1,7 +1,7 @@
 """Agreement of part maps and foreground ranks with annotated parts, and of the controls with them.
 
-Truth is a label a cell: 0 background, 255 unknown, else a part. Part maps use the same label for the same part in
-every picture, 0 for the background. A measure that does not apply (no such cells, one true part only) is None.
+Truth is a label a cell: 0 background, 255 unknown, else a part. Part maps use one label for a part in every
+picture, 0 for the background. A measure that does not apply (no such cells, one true part only) is None.
 """
 
 from collections.abc import Iterable
@@ -33,9 +33,9 @@ def score(
 ) -> Columns:
     """The columns of a `score-parts` row that follow from labels, ranks and truth.
 
-    NMI and ARI are over the cells of the true foreground: of all pictures together (`nmi`: a label must mean the
-    same everywhere), and within each picture, averaged (`nmi_image`). `colour_nmi` and `bands_nmi` are over all
-    cells: how much the labels follow colour and height. `shift_ari` and `flip_agreement` need other views.
+    NMI and ARI are over the cells of the true foreground: of all pictures together (`nmi`: a label must mean
+    the same everywhere), and within each picture, averaged (`nmi_image`). `colour_nmi` and `bands_nmi` are over
+    all cells: how much the labels follow colour and height. `shift_ari` and `flip_agreement` need other views.
 
     Args:
         fgrank: 0 for the cell most likely foreground.
@@ -47,9 +47,7 @@ def score(
     if parts.size and int(parts.max()) >= groups:
         raise ValueError(f"part labels must lie below {groups}, the number of labels, got {int(parts.max())}")
     colours = colour_clusters(images, parts.shape[1])
-    return _foreground_columns(-fgrank.astype(np.float64), truth_parts) | _part_columns(
-        parts, truth_parts, colours
-    )
+    return _foreground_columns(-fgrank.astype(np.float64), truth_parts) | _part_columns(parts, truth_parts, colours)
 
 
 def shortcuts(
@@ -130,9 +128,10 @@ def beyond_shortcut(
 
         (I(L; T | Z) - null) / H(T | Z)
 
-    Z is a cell's stratum (4 bands x 6 RGB clusters in `score`); null is I with the labels permuted inside each
-    stratum, the mean of ten permutations. Labels that follow from Z score 0; coherent regions that mean nothing
-    keep a floor of about .05, so read the order of methods, not the number. None when Z already tells the truth.
+    Z is a cell's stratum (4 bands x 6 RGB clusters in `score`); null is I with the labels permuted inside
+    each stratum, the mean of ten permutations. Labels that follow from Z score 0; coherent regions that mean
+    nothing keep a floor of about .05, so read the order of methods, not the number. None when Z
+    already tells the truth.
     """
     generator = np.random.default_rng(seed)
     information = null = uncertainty = 0.0
@@ -163,7 +162,7 @@ def parts_used(parts: Integer[np.ndarray, "pictures rows cols"]) -> float:
 
 
 def largest_share(parts: Integer[np.ndarray, "pictures rows cols"]) -> float | None:
-    """Share of the largest part among a picture's cells outside the background; mean over pictures with any."""
+    """The largest part's share of a picture's cells outside the background; mean over pictures with any."""
     return _mean(np.bincount(own).max() / len(own) for own in (p[p > 0] for p in parts) if len(own))
 
 
@@ -175,16 +174,14 @@ def flip_agreement(
 
 
 def cells_of(label_map: Integer[np.ndarray, "height width"], grid: int) -> Int[np.ndarray, "grid grid"]:
-    """The commonest label among a cell's pixels, of equals the lowest; pixel y lies in row y · grid // height.
+    """The commonest label among a cell's pixels, of equals the lowest; pixel y is in row y · grid // height.
 
     Raises:
         ValueError: The map has fewer pixels than cells along a side.
     """
     height, width = label_map.shape
     if min(height, width) < grid:
-        raise ValueError(
-            f"a label map must have at least {grid} pixels a side for its grid, got {width}x{height}"
-        )
+        raise ValueError(f"a label map must have at least {grid} pixels a side for its grid, got {width}x{height}")
     values, index = np.unique(label_map, return_inverse=True)
     rows, cols = np.arange(height) * grid // height, np.arange(width) * grid // width
     cell = rows[:, None] * grid + cols

@@ -51,11 +51,8 @@ def rows_of(
     time: str,
 ) -> list[Result]:
     """One row a metric of `values`."""
-    settings = {
-        name: value
-        for name, value in as_json(config).items()
-        if name not in (*WHERE, *HOW_FAST, "batch_size", "seed")
-    }
+    left_out = {*WHERE, *HOW_FAST, "batch_size", "seed"}
+    settings = {name: value for name, value in as_json(config).items() if name not in left_out}
     return [
         Result(
             protocol=protocol,

@@ -9,9 +9,7 @@ from torch import Tensor
 RECTANGLES = 12
 
 
-def block_masks(
-    batch: int, grid: int, *, share: float, generator: torch.Generator
-) -> Bool[Tensor, "batch patches"]:
+def block_masks(batch: int, grid: int, *, share: float, generator: torch.Generator) -> Bool[Tensor, "batch patches"]:
     """True = hidden; exactly `round(share · grid²)` patches of every picture.
 
     Rectangles of random place, area and aspect are laid one after another until the budget is spent; the last

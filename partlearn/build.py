@@ -69,9 +69,7 @@ def build_shard(
     )
 
 
-def _submit(
-    pool: ThreadPoolExecutor, slots: range, order: np.ndarray, pictures: PictureList, config: ExtractConfig
-):
+def _submit(pool: ThreadPoolExecutor, slots: range, order: np.ndarray, pictures: PictureList, config: ExtractConfig):
     return [pool.submit(_store, slot, pictures.pictures[int(order[slot])], config) for slot in slots]
 
 

@@ -32,7 +32,7 @@ class EncoderConfig:
     mask_share: float = 0.3
     """Share of a global crop's patches hidden from the student, in block-shaped pieces."""
     epochs: int = 100
-    """Passes over the pictures."""
+    """Passes over the pictures; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 256
     """Pictures a step."""
     base_lr: float = 5e-4
@@ -50,16 +50,14 @@ class EncoderConfig:
     def __post_init__(self):
         for name in ("size", "local_size"):
             if getattr(self, name) % self.patch:
-                raise ValueError(
-                    f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads {self.heads}, got {self.dim}")
         if not 0 <= self.mask_share < 1:
             raise ValueError(f"mask_share must lie in [0, 1), got {self.mask_share}")
-        if self.epochs < 1 or self.batch_size < 1:
+        if self.epochs < 0 or self.batch_size < 1:
             raise ValueError(
-                f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}"
+                f"epochs must not be negative and batch_size at least 1, got {self.epochs} and {self.batch_size}"
             )
 
 
@@ -124,9 +122,7 @@ class LearnConfig:
             )
         scale = self.decoder_size / self.grid
         if self.target == "pixels" and scale not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}"
-            )
+            raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
         if self.relative != (self.init == "kmeans"):
             raise ValueError(
                 "relative tokens and the k-means start belong together: use both, or --no-relative "

@@ -70,9 +70,7 @@ class PictureDecoder(nn.Module):
         super().__init__()
         doublings = (size // grid).bit_length() - 1
         widths = [256, 128, 64, 32, 32][: doublings + 1]
-        self.stages = nn.ModuleList(
-            Stage(dim, w_in, w) for w_in, w in zip([parts, *widths], widths, strict=False)
-        )
+        self.stages = nn.ModuleList(Stage(dim, w_in, w) for w_in, w in zip([parts, *widths], widths, strict=False))
         self.to_pixels = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(

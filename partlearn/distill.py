@@ -55,7 +55,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
         if run.finished:
             return run.report()
         device = pick_device(config.run.device)
-        total = max(1, config.epochs * len(pictures.pictures) // config.batch_size)
+        total = config.epochs * len(pictures.pictures) // config.batch_size
         pair = new_pair(config).to(device)
         optimizer = new_optimizer(pair, config)
         step = _resume(run, pair, optimizer, config)
@@ -129,9 +129,7 @@ def new_pair(config: EncoderConfig) -> StudentTeacher:
 def new_optimizer(pair: StudentTeacher, config: EncoderConfig) -> torch.optim.AdamW:
     """AdamW over the student; biases, norms, positions, class and mask token do not decay."""
     trained = [(name, weight) for name, weight in pair.named_parameters() if weight.requires_grad]
-    flat = [
-        weight for name, weight in trained if weight.ndim < 2 or name.endswith(("pos_embed", "cls_token"))
-    ]
+    flat = [weight for name, weight in trained if weight.ndim < 2 or name.endswith(("pos_embed", "cls_token"))]
     kept = {id(weight) for weight in flat}
     decayed = [weight for _, weight in trained if id(weight) not in kept]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
@@ -202,9 +200,7 @@ def train_step(
         )
     optimizer.zero_grad()
     (losses.of_class + losses.of_patch).backward()
-    norm = nn.utils.clip_grad_norm_(
-        [w for group in optimizer.param_groups for w in group["params"]], GRADIENT_NORM
-    )
+    norm = nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], GRADIENT_NORM)
     optimizer.step()
     pair.follow(cosine(config.teacher_momentum, 1.0, step / total))
     shown = {"loss_class": losses.of_class.item(), "loss_patch": losses.of_patch.item(), **losses.shown}
@@ -235,9 +231,7 @@ def _save(
     )
 
 
-def _resume(
-    run: RunFolder, pair: StudentTeacher, optimizer: torch.optim.Optimizer, config: EncoderConfig
-) -> int:
+def _resume(run: RunFolder, pair: StudentTeacher, optimizer: torch.optim.Optimizer, config: EncoderConfig) -> int:
     """Continue from the run's newest checkpoint; returns the steps done."""
     newest = checkpoint.newest(run.path)
     if newest is None:

@@ -25,9 +25,7 @@ class Head(nn.Module):
             nn.Linear(hidden, bottleneck),
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        for weight in [layer.weight for layer in self.mlp if isinstance(layer, nn.Linear)] + [
-            self.prototypes
-        ]:
+        for weight in [layer.weight for layer in self.mlp if isinstance(layer, nn.Linear)] + [self.prototypes]:
             nn.init.trunc_normal_(weight, std=0.02)
 
     def forward(self, tokens: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens prototypes"]:

@@ -16,6 +16,7 @@ from training.checkpoint import CheckpointError
 from training.device import autocast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
 SOURCES = "timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
 
 
@@ -51,14 +52,13 @@ class Encoder:
     ):
         self.model = model.eval().requires_grad_(False).to(device)
         self.dim, self.depth = model.embed_dim, len(model.blocks)
-        self.heads = model.blocks[-1].attn.num_heads
+        self.blocks: list[Any] = list(model.blocks)
+        self.heads = self.blocks[-1].attn.num_heads
         self.patch = model.patch_embed.patch_size[0]
         self.size, self.grid = size, size // self.patch
         self.block = self.depth - 1 if block is None else block
         if not 0 <= self.block < self.depth:
-            raise ValueError(
-                f"encoder_block must lie between 0 and {self.depth - 1} for {source}, got {block}"
-            )
+            raise ValueError(f"encoder_block must lie between 0 and {self.depth - 1} for {source}, got {block}")
         self.device, self.precision = device, precision
         self._mean = torch.tensor(mean, device=device).reshape(3, 1, 1)
         self._std = torch.tensor(std, device=device).reshape(3, 1, 1)
@@ -103,7 +103,7 @@ class Encoder:
                 x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
             x = model.norm_pre(x)
             seen = attention = x
-            for number, block in enumerate(model.blocks):
+            for number, block in enumerate(self.blocks):
                 if number == self.block:
                     seen = block.norm1(x)
                 if number == self.depth - 1:
@@ -118,11 +118,9 @@ class Encoder:
         )
 
 
-def class_attention(
-    attn: torch.nn.Module, normed: Float[Tensor, "batch tokens dim"]
-) -> Float[Tensor, "batch heads tokens"]:
+def class_attention(attn: Any, normed: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens"]:
     """The class token's row of a block's attention, and no other row: softmax(q_class kᵀ / √d)."""
-    batch, tokens, dim = normed.shape
+    batch, _, dim = normed.shape
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
     shape = (batch, -1, attn.num_heads, dim // attn.num_heads)
@@ -138,7 +136,7 @@ def load_encoder(
     grid: int | None = None,
     size: int | None = None,
     block: int | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     precision: str = "auto",
 ) -> Encoder:
     """The encoder that `source` names, for pictures of `size` pixels or for `grid` patches a side.
@@ -178,9 +176,7 @@ def load_encoder(
     patch = _patch_of(weights, source)
     size = grid * patch if grid else size or native
     if size % patch:
-        raise ValueError(
-            f"{source} has patches of {patch} px, which do not divide {size} px; choose a multiple"
-        )
+        raise ValueError(f"{source} has patches of {patch} px, which do not divide {size} px; choose a multiple")
     model = build(size)
     positions = _load_strictly(model, weights, source)
     return Encoder(
@@ -240,9 +236,7 @@ def _timm_builder(architecture: str):
     def build(size: int) -> VisionTransformer:
         model = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=size)
         if not isinstance(model, VisionTransformer):
-            raise ValueError(
-                f"{architecture} is no plain ViT of timm; expected a vit_... or deit_... architecture"
-            )
+            raise ValueError(f"{architecture} is no plain ViT of timm; expected a vit_... or deit_... architecture")
         return model
 
     return build
@@ -271,9 +265,7 @@ def _hub_or_random(kind: str, architecture: str) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
-    return {
-        n: torch.ones_like(w) if n.endswith((".ls1.gamma", ".ls2.gamma")) else w for n, w in weights.items()
-    }
+    return {n: torch.ones_like(w) if n.endswith((".ls1.gamma", ".ls2.gamma")) else w for n, w in weights.items()}
 
 
 def _numbers_of(weights: dict[str, Tensor], name: str) -> dict[str, int]:
@@ -281,9 +273,7 @@ def _numbers_of(weights: dict[str, Tensor], name: str) -> dict[str, int]:
     try:
         dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     except KeyError as error:
-        raise CheckpointError(
-            f"{name} is no ViT checkpoint of DINO or iBOT: {error.args[0]} is not in it"
-        ) from None
+        raise CheckpointError(f"{name} is no ViT checkpoint of DINO or iBOT: {error.args[0]} is not in it") from None
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     return {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": max(1, dim // 64)}
 

@@ -8,9 +8,7 @@ from torch.nn import functional as F
 from partlearn.losses import pairwise_cosine
 
 
-def health(
-    maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]
-) -> dict[str, float]:
+def health(maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]) -> dict[str, float]:
     """Means over pictures, inside `cells`: parts_used (of at least 1 % of the cells), largest_share, speckle,
     cosine (mean over pairs of maps), and area_0, area_1, ... (each part's share)."""
     parts = maps.shape[1]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8, UInt16
 
-from partlearn.encoders import load_encoder
+from partlearn.encoders import CPU, load_encoder
 from partlearn.learner import load_learner
 from training.checkpoint import CheckpointError
 
@@ -26,16 +26,14 @@ class Labeller:
         *,
         encoder: str | None = None,
         grid: int | None = None,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = CPU,
         precision: str = "auto",
     ):
         learner, described, self.sha256 = load_learner(parts)
         self.learner = learner.to(device)
         self.grid, self.groups = learner.shape.grid, learner.shape.groups
         if grid not in (None, self.grid):
-            raise ValueError(
-                f"--grid {grid} was asked for, but the parts of {parts} were learned on {self.grid}"
-            )
+            raise ValueError(f"--grid {grid} was asked for, but the parts of {parts} were learned on {self.grid}")
         source = encoder or described["source"]
         self.encoder = load_encoder(
             source, grid=self.grid, block=described["block"], device=device, precision=precision

@@ -19,7 +19,7 @@ from partlearn.view_tokens import View, Views, picture_target
 from partlearn.weights import fingerprint
 from shards.atomic import sha256_json
 from shards.pictures import list_pictures
-from training import checkpoint, distributed
+from training import checkpoint
 from training.device import pick_device
 from training.metrics import Metrics
 from training.progress import Progress
@@ -44,7 +44,6 @@ def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[s
     with RunFolder.open(config) as run:
         if run.finished:
             return run.report()
-        distributed.start(config.run.device)
         device = pick_device(config.run.device)
         pictures = list_pictures(config.images)
         encoder = load_encoder(
@@ -141,7 +140,7 @@ def _start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: V
     generator = torch.Generator().manual_seed(config.seed)
     if config.init != "kmeans":
         if config.init == "heads":
-            learner.attention.start_at_heads(encoder.model.blocks[encoder.block].attn, generator)
+            learner.attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
         else:
             learner.attention.start_at_random(generator)
         if config.target == "features":
@@ -187,9 +186,7 @@ def _shape(config: LearnConfig, encoder: Encoder) -> LearnerShape:
 
 def _decayed(learner: PartLearner) -> list[dict[str, Any]]:
     """Weight decay 0.01 on matrices, none on biases, scales and prototypes."""
-    matrices = [
-        p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(("bias", "prototypes"))
-    ]
+    matrices = [p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(("bias", "prototypes"))]
     others = [p for n, p in learner.named_parameters() if p.ndim <= 1 or n.endswith(("bias", "prototypes"))]
     return [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
 

@@ -56,9 +56,7 @@ class PartLearner(nn.Module):
     def learned_cells(self, tokens: Tokens) -> Bool[Tensor, "batch patches"]:
         """The cells parts are learned on."""
         if self.shape.where == "everywhere":
-            return torch.ones(
-                tokens.patch_tokens.shape[:2], dtype=torch.bool, device=tokens.patch_tokens.device
-            )
+            return torch.ones(tokens.patch_tokens.shape[:2], dtype=torch.bool, device=tokens.patch_tokens.device)
         return inside(foreground_rank(self._score(tokens, None)), self.shape.foreground_share)
 
     def read(

@@ -1,6 +1,6 @@
 """Eq. 1 and 2 of SemMAE: a class token becomes part queries, and queries become maps over the patches."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,7 +44,7 @@ class PartAttention(nn.Module):
             for part in weight.data:
                 nn.init.xavier_uniform_(part, generator=generator)
 
-    def start_at_heads(self, attn: nn.Module, generator: torch.Generator) -> None:
+    def start_at_heads(self, attn: Any, generator: torch.Generator) -> None:
         """Projections of an encoder block's attention heads: maps then equal its class attention, renormalised
         over patches. More parts than heads repeat them with noise of 0.02 deviations."""
         self.start_at_random(generator)

@@ -69,16 +69,15 @@ class StudentTeacher(nn.Module):
         logits = self.student_head(torch.cat(classes)).unflatten(0, (-1, batch))
         of_class = class_loss(logits, class_targets.unflatten(0, (-1, batch)))
         hidden = tokens[:, 1:][masks]
-        of_patch = (
-            patch_loss(self.student_head(hidden), patch_targets) if len(hidden) else of_class.new_zeros(())
-        )
+        of_patch = patch_loss(self.student_head(hidden), patch_targets) if len(hidden) else of_class.new_zeros(())
         return Losses(of_class, of_patch, spread(class_targets))
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """teacher ← m teacher + (1 - m) student, for backbone and head."""
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+            for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+                old.lerp_(new, 1 - momentum)
 
 
 def vit_tokens(

@@ -114,9 +114,7 @@ def _packed(view: View, config: LearnConfig) -> View:
 
 
 def _on(store: View, rows: list[int], device: torch.device) -> View:
-    tokens = Tokens(
-        *(getattr(store.tokens, name)[rows].to(device).float() for name in Tokens.__dataclass_fields__)
-    )
+    tokens = Tokens(*(getattr(store.tokens, name)[rows].to(device).float() for name in Tokens.__dataclass_fields__))
     return View(store.pixels[rows].to(device), tokens)
 
 

@@ -63,9 +63,7 @@ class PictureBatches:
         )
         indices = np.array([self._permuted(int(e))[p] for e, p in zip(epochs, places, strict=True)], np.int64)
         offsets = uniform(self._seed, epochs, indices, VIEW, 1)[:, 0]
-        return [
-            self._pool.submit(self._read, int(i), float(o)) for i, o in zip(indices, offsets, strict=True)
-        ]
+        return [self._pool.submit(self._read, int(i), float(o)) for i, o in zip(indices, offsets, strict=True)]
 
     def _permuted(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -78,9 +76,7 @@ class PictureBatches:
             if candidate in self.unreadable:
                 continue
             try:
-                image, _ = square(
-                    decode_rgb(read_bytes(self._pictures[candidate])), self._size, offset=offset
-                )
+                image, _ = square(decode_rgb(read_bytes(self._pictures[candidate])), self._size, offset=offset)
             except (PictureError, OSError) as error:
                 self._leave_out(candidate, error)
                 continue

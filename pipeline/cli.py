@@ -14,12 +14,8 @@ from pipeline.config import DemoConfig, VerifyConfig
 from pretrain.config import PretrainConfig
 
 Plain = tyro.conf.arg(name="")
-Backend = Annotated[
-    Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")
-]
-Workers = Annotated[
-    int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")
-]
+Backend = Annotated[Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")]
+Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")]
 
 
 def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
@@ -33,9 +29,7 @@ def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
     _say(distill(config))
 
 
-def learn_parts(
-    config: Annotated[LearnConfig, Plain], backend: Backend = "local", num_workers: Workers = 1
-) -> None:
+def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
     """Learn part maps from a frozen encoder's tokens.
 
     Example:
@@ -72,9 +66,7 @@ def verify(config: Annotated[VerifyConfig, Plain]) -> None:
     check(config)
 
 
-def pretrain(
-    config: Annotated[PretrainConfig, Plain], backend: Backend = "local", num_workers: Workers = 1
-) -> None:
+def pretrain(config: Annotated[PretrainConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
     """Pretrain a masked autoencoder on a shard set.
 
     Examples:

@@ -1,6 +1,5 @@
 """Ray, as little of it as the verbs need: joining a cluster, and one training function on many workers."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,23 +35,13 @@ def train_on_ray(function: Callable[[Any], Any], config: Any, *, workers: int) -
     The workers find a joined process group, exactly as under torchrun.
     """
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    def worker(loop_config: dict[str, Any]) -> None:
+        function(loop_config["config"])
 
     refuse_paths_of_the_upload(config.run.out)
     connect()
-    trainer = TorchTrainer(
-        _quietly(function),
-        train_loop_config={"config": config},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(ray.cluster_resources().get("GPU"))),
-        run_config=RunConfig(storage_path=str(Path(config.run.out).absolute() / "ray")),
-    )
-    trainer.fit()
-
-
-def _quietly(function: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
-    def worker(loop_config: dict[str, Any]) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        function(loop_config["config"])
-
-    return worker
+    scaling: Any = ScalingConfig(num_workers=workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+    TorchTrainer(worker, train_loop_config={"config": config}, scaling_config=scaling).fit()

@@ -60,41 +60,41 @@ class Tube(NamedTuple):
 BODIES: dict[str, dict[int, Tube]] = {
     "axolotl": {
         HEAD: Tube(0.5, 0.62, 0.8, 1.0, 2.6), TORSO: Tube(1.0, 0.46, 1.0, 0.8), TAIL: Tube(1.0, 0.40, 0.8, 0.7, 2.2),
-        FORELEGS: Tube(0.40, 0.19, spread=75, bend=-30), HINDLEGS: Tube(0.40, 0.19, spread=110, bend=30),
+        FORELEGS: Tube(0.40, 0.23, spread=75, bend=-30), HINDLEGS: Tube(0.40, 0.23, spread=110, bend=30),
         WINGS: Tube(0.50, 0.27, 0.7, 1.0, 2.4, spread=80, bend=50, scallop=0.28),
     },
     "bird": {
         HEAD: Tube(0.5, 0.40, 1.0, 0.35, 2.2), TORSO: Tube(1.0, 0.52, 0.9, 0.7, 2.2), TAIL: Tube(0.65, 0.62, 0.25, 1.0, 6),
-        HINDLEGS: Tube(0.45, 0.19, 1.0, 0.9, spread=135, foot=0.9),
+        HINDLEGS: Tube(0.45, 0.23, 1.0, 0.9, spread=135, foot=0.9),
         WINGS: Tube(1.15, 0.48, 1.0, 0.35, 2.4, spread=70, bend=55, scallop=0.10),
     },
     "dragon": {
         HEAD: Tube(0.55, 0.42, 1.0, 0.5, 3.0), TORSO: Tube(1.0, 0.50, 0.9, 0.8), TAIL: Tube(1.35, 0.30, 1.2, 0.25),
-        FORELEGS: Tube(0.5, 0.20, spread=50, bend=-40, foot=0.5), HINDLEGS: Tube(0.55, 0.24, spread=130, bend=30, foot=0.5),
+        FORELEGS: Tube(0.5, 0.24, spread=50, bend=-40, foot=0.5), HINDLEGS: Tube(0.55, 0.29, spread=130, bend=30, foot=0.5),
         WINGS: Tube(0.95, 0.62, 0.5, 0.9, 3.5, spread=90, bend=15, scallop=0.22),
     },
     "gecko": {
         HEAD: Tube(0.52, 0.44, 0.8, 0.6, 2.6), TORSO: Tube(1.0, 0.40, 0.9, 0.8), TAIL: Tube(1.25, 0.30, 0.9, 0.3),
-        FORELEGS: Tube(0.60, 0.19, spread=70, bend=-60, foot=1.0), HINDLEGS: Tube(0.65, 0.21, spread=105, bend=60, foot=1.0),
+        FORELEGS: Tube(0.60, 0.23, spread=70, bend=-60, foot=1.0), HINDLEGS: Tube(0.65, 0.26, spread=105, bend=60, foot=1.0),
     },
     "moth": {
         HEAD: Tube(0.34, 0.36, power=2.2), TORSO: Tube(1.0, 0.36, 1.1, 0.6, 2.4),
-        FORELEGS: Tube(0.55, 0.15, spread=35, bend=-25), HINDLEGS: Tube(0.6, 0.16, spread=150, bend=15),
+        FORELEGS: Tube(0.55, 0.18, spread=35, bend=-25), HINDLEGS: Tube(0.6, 0.20, spread=150, bend=15),
         WINGS: Tube(1.05, 0.95, 0.4, 1.0, 2.8, spread=80, bend=25, scallop=0.08),
     },
     "mouse": {
         HEAD: Tube(0.55, 0.46, 1.1, 0.3, 2.4), TORSO: Tube(1.0, 0.62, 0.8, 1.1, 2.2), TAIL: Tube(1.3, 0.16, 1.2, 0.6),
-        FORELEGS: Tube(0.34, 0.20, spread=50, foot=0.3), HINDLEGS: Tube(0.42, 0.24, spread=120, foot=0.4),
+        FORELEGS: Tube(0.34, 0.24, spread=50, foot=0.3), HINDLEGS: Tube(0.42, 0.29, spread=120, foot=0.4),
         WINGS: Tube(0.36, 0.42, 0.8, 1.0, 2.0, spread=85),
     },
     "rabbit": {
         HEAD: Tube(0.56, 0.50, 1.0, 0.7, 2.2), TORSO: Tube(1.0, 0.66, 0.7, 1.1, 2.2), TAIL: Tube(0.36, 0.38, power=2.0),
-        FORELEGS: Tube(0.42, 0.22, spread=35), HINDLEGS: Tube(0.72, 0.32, 1.1, 0.7, spread=125, bend=-75),
+        FORELEGS: Tube(0.42, 0.27, spread=35), HINDLEGS: Tube(0.72, 0.39, 1.1, 0.7, spread=125, bend=-75),
         WINGS: Tube(0.78, 0.26, 0.7, 1.0, 2.4, spread=145, bend=10),
     },
     "turtle": {
         HEAD: Tube(0.42, 0.36, 0.9, 0.9, 2.4), TORSO: Tube(1.0, 0.88, 0.95, 0.95, 2.3), TAIL: Tube(0.40, 0.22, 1.2, 0.4),
-        FORELEGS: Tube(0.72, 0.30, 1.0, 0.5, 2.4, spread=60, bend=70), HINDLEGS: Tube(0.42, 0.28, 0.9, 0.9, 2.4, spread=130),
+        FORELEGS: Tube(0.72, 0.37, 1.0, 0.5, 2.4, spread=60, bend=70), HINDLEGS: Tube(0.42, 0.34, 0.9, 0.9, 2.4, spread=130),
     },
 }  # fmt: skip
 
@@ -206,9 +206,7 @@ def _posed(body: dict[int, Tube], rng: np.random.Generator) -> list[Piece]:
     elif WINGS in body:
         for side in (-1, 1):
             heading = neck + side * np.radians(body[WINGS].spread + rng.uniform(-20, 20))
-            root = head.points[6] + 0.55 * side * head.half_widths[6] * np.array(
-                [-np.sin(neck), np.cos(neck)]
-            )
+            root = head.points[6] + 0.55 * side * head.half_widths[6] * np.array([-np.sin(neck), np.cos(neck)])
             bend = side * (body[WINGS].bend + rng.uniform(-20, 20))
             over.append(_tube(WINGS, body[WINGS], root, heading, bend, rng))
     if WINGS in body and body[WINGS].length > 0.9:
@@ -227,9 +225,7 @@ def _tube(
     points = root + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
     profile = (1 - np.abs(2 * LINE - 1) ** tube.power) ** (1 / tube.power)
     profile *= tube.start + (tube.end - tube.start) * LINE
-    profile *= (
-        1 + tube.foot * np.exp(-(((LINE - 0.86) / 0.13) ** 2)) + tube.scallop * np.cos(6 * np.pi * LINE)
-    )
+    profile *= 1 + tube.foot * np.exp(-(((LINE - 0.86) / 0.13) ** 2)) + tube.scallop * np.cos(6 * np.pi * LINE)
     return Piece(kind, points, headings, profile * width / 2)
 
 
@@ -239,14 +235,10 @@ def _clutter(rng: np.random.Generator, side: int) -> list[Piece]:
     for kind in rng.permutation([ROCK] * rng.integers(3, 7) + [STICK] * rng.integers(2, 5)):
         length = rng.uniform(0.12, 0.30) if kind == ROCK else rng.uniform(0.30, 0.65)
         width = length * rng.uniform(0.6, 0.9) if kind == ROCK else rng.uniform(0.04, 0.075)
-        tube = Tube(
-            length, width, rng.uniform(0.7, 1.0), 1.0, rng.uniform(2.2, 5), scallop=rng.uniform(-0.1, 0.1)
-        )
+        tube = Tube(length, width, rng.uniform(0.7, 1.0), 1.0, rng.uniform(2.2, 5), scallop=rng.uniform(-0.1, 0.1))
         piece = _tube(kind, tube, np.zeros(2), rng.uniform(0, 2 * np.pi), rng.uniform(-25, 25), rng)
         place = rng.uniform(0.0, 1.0, 2) - piece.points[8]
-        pieces.append(
-            piece._replace(points=(piece.points + place) * side, half_widths=piece.half_widths * side)
-        )
+        pieces.append(piece._replace(points=(piece.points + place) * side, half_widths=piece.half_widths * side))
     return pieces
 
 
@@ -259,10 +251,9 @@ def _placed(pieces: list[Piece], rng: np.random.Generator, side: int) -> list[Pi
     turn = rng.uniform(0, 2 * np.pi)
     rotation = scale * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     corners = np.concatenate(outlines) @ rotation
-    place = rng.uniform(-0.125 * side - corners.min(0), 1.125 * side - corners.max(0))
-    return [
-        Piece(p.kind, p.points @ rotation + place, p.headings + turn, p.half_widths * scale) for p in pieces
-    ]
+    first, last = -0.125 * side - corners.min(0), 1.125 * side - corners.max(0)
+    place = first + rng.random(2) * (last - first)
+    return [Piece(p.kind, p.points @ rotation + place, p.headings + turn, p.half_widths * scale) for p in pieces]
 
 
 def _board(pieces: list[Piece], side: int) -> UInt8[np.ndarray, "side side"]:
@@ -277,12 +268,8 @@ def _board(pieces: list[Piece], side: int) -> UInt8[np.ndarray, "side side"]:
 def _majority(fine: UInt8[np.ndarray, "side side"]) -> UInt8[np.ndarray, "size size"]:
     """Halve a map of ids: of each 2 x 2 block the id it holds most."""
     rows, cols = fine.shape
-    four = np.sort(
-        fine.reshape(rows // 2, 2, cols // 2, 2).transpose(0, 2, 1, 3).reshape(rows // 2, cols // 2, 4)
-    )
-    return np.where(
-        (four[..., 0] != four[..., 1]) & (four[..., 2] == four[..., 3]), four[..., 2], four[..., 1]
-    )
+    four = np.sort(fine.reshape(rows // 2, 2, cols // 2, 2).transpose(0, 2, 1, 3).reshape(rows // 2, cols // 2, 4))
+    return np.where((four[..., 0] != four[..., 1]) & (four[..., 2] == four[..., 3]), four[..., 2], four[..., 1])
 
 
 def _painted(
@@ -335,9 +322,7 @@ def _colours(
     pieces: list[Piece], rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"]]:
     """Two colours for the ground, each piece, and the second ground: three pairs a picture, shared by all of it."""
-    palette = np.array(
-        [ImageColor.getrgb(name) for name in PALETTES[rng.integers(len(PALETTES))]], np.float32
-    )
+    palette = np.array([ImageColor.getrgb(name) for name in PALETTES[rng.integers(len(PALETTES))]], np.float32)
     palette = palette * rng.uniform(0.88, 1.12, (1, 3)) * rng.uniform(0.9, 1.1, (len(palette), 1))
     pairs = np.stack([palette[rng.permutation(3)], palette[3 + rng.permutation(4)[:3]]], 1)
     of_kind = rng.integers(3, size=STICK + 1)
@@ -351,9 +336,7 @@ def _colours(
     return chosen[:, 0], chosen[:, 1]
 
 
-def _noise(
-    rng: np.random.Generator, cells: float, side: int, stretch: float = 1.0
-) -> Float[np.ndarray, "side side"]:
+def _noise(rng: np.random.Generator, cells: float, side: int, stretch: float = 1.0) -> Float[np.ndarray, "side side"]:
     """Smooth noise in 0..1, `cells` bumps across the picture, `stretch` times longer along a random direction."""
     step, turn = cells / side, rng.uniform(0, 2 * np.pi)
     count = int(1.5 * cells) + 6

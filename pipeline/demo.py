@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +87,7 @@ class Stages:
             run=self.run(name),
         )
 
-    def pretraining(self, name: str, *, masking: str, epochs: int) -> PretrainConfig:
+    def pretraining(self, name: str, *, masking: Literal["random", "semmae"], epochs: int) -> PretrainConfig:
         return PretrainConfig(
             data=str(self.config.out / "shards"),
             masking=masking,
@@ -146,9 +146,7 @@ def demo(config: DemoConfig) -> None:
         run=runs["semantic masking"].run.out,
         seed=config.seed,
     )
-    print(
-        f"picture sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}"
-    )
+    print(f"picture sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}")
 
 
 def _draw(pictures: Path, seed: int) -> None:
@@ -199,28 +197,29 @@ def _print_accuracy(
     if not classes:
         print("no class folders in these pictures, so no k-NN and no probe")
         return
-    splits = {
-        "data": str(config.out / "shards"),
-        "val_data": str(config.out / "shards-val") if procedural else "",
-    }
     table = Table(
-        "encoder", "k-NN", "linear probe", title=f"accuracy over {len(classes)} classes, one seed: no ranking"
+        "encoder",
+        "k-NN",
+        "linear probe",
+        title=f"accuracy over {len(classes)} classes, mean of patch tokens; one seed, so no ranking",
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, run in runs.items():
-        done = config.out / f"accuracy-{run.run.out.name}.json"
-        if not done.is_file():
-            common = {
-                "checkpoint": str(run.run.out),
-                "pool": "mean",
-                "seed": config.seed,
-                "device": config.device,
-            } | splits
-            found = [*knn(KnnConfig(**common)), *probe(ProbeConfig(**common))]
-            write_json(done, [row if isinstance(row, dict) else dataclasses.asdict(row) for row in found])
-        results = {(row["protocol"], row["metric"]): row["value"] for row in read_json(done)}
-        values = [value for (_, metric), value in results.items() if metric == "top1"]
-        rows += read_json(done)
-        table.add_row(name, *(f"{100 * value:.1f} %" for value in values))
+        found = _accuracy(config, run.run.out, config.out / "shards-val" if procedural else None)
+        table.add_row(name, *(f"{row['value']:.1f} %" for row in found if row["metric"] == "top1"))
+        rows += found
     write_json(config.out / "accuracy.json", rows)
     Console().print(table)
+
+
+def _accuracy(config: DemoConfig, run: Path, val: Path | None) -> list[dict[str, Any]]:
+    """Rows of k-NN and probe of one run, computed once."""
+    kept = config.out / f"accuracy-{run.name}.json"
+    if not kept.is_file():
+        data, val_data = str(config.out / "shards"), str(val or "")
+        rows = [
+            *knn(KnnConfig(checkpoint=str(run), data=data, val_data=val_data, pool="mean", seed=config.seed)),
+            *probe(ProbeConfig(checkpoint=str(run), data=data, val_data=val_data, pool="mean", seed=config.seed)),
+        ]
+        write_json(kept, [dataclasses.asdict(row) for row in rows])
+    return read_json(kept)

@@ -39,9 +39,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         with FileLock(folder / ".lock", blocking=False):
             return _extract(config, folder, pictures, labeller)
     except Timeout:
-        raise ShardError(
-            f"{folder} is being built by another process; wait for it or choose another --out"
-        ) from None
+        raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
 
 
 def load_labeller(config: ExtractConfig) -> Labeller:
@@ -54,9 +52,7 @@ def load_labeller(config: ExtractConfig) -> Labeller:
     )
 
 
-def _extract(
-    config: ExtractConfig, folder: Path, pictures: PictureList, labeller: Labeller
-) -> dict[str, Any]:
+def _extract(config: ExtractConfig, folder: Path, pictures: PictureList, labeller: Labeller) -> dict[str, Any]:
     plan = _plan(config, pictures, labeller)
     digest = open_plan(folder, plan)
     count = shard_count(len(pictures.pictures), config)
@@ -73,9 +69,7 @@ def _extract(
                 continue
             failed.pop(number, None)
             rejected += len(outcome["rejected"])
-            progress.advance(
-                outcome["samples"] + len(outcome["rejected"]), rejected=rejected, retries=retries
-            )
+            progress.advance(outcome["samples"] + len(outcome["rejected"]), rejected=rejected, retries=retries)
         progress.close(rejected=rejected, retries=retries)
         if failed:
             number, error = next(iter(failed.items()))
@@ -166,11 +160,9 @@ def _on_ray(
     gpus = config.gpus_per_worker if resources.get("GPU") else 0.0
     most = resources["GPU"] // gpus if gpus else max(1, resources["CPU"] // 2)
     workers = min(config.workers or int(most), len(numbers))
-    actor = ray.remote(num_gpus=gpus, num_cpus=1 if gpus else min(2, int(resources["CPU"])), max_restarts=-1)(
-        Builder
-    )
+    actor = ray.remote(num_gpus=gpus, num_cpus=1 if gpus else min(2, int(resources["CPU"])), max_restarts=-1)(Builder)
     shared = ray.put(pictures)
-    pool = [actor.remote(config, shared, digest) for _ in range(workers)]
+    pool: list[Any] = [actor.remote(config, shared, digest) for _ in range(workers)]
     todo, attempts, running = list(reversed(numbers)), dict.fromkeys(numbers, 0), {}
 
     def submit(builder: Any) -> None:

@@ -1,6 +1,6 @@
 """The masked autoencoder (MAE, arXiv:2111.06377): encode what is visible, rebuild what is not."""
 
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.position import sincos_positions
-
-NORM = partial(nn.LayerNorm, eps=1e-6)  # MAE's and timm's epsilon
 
 
 class MAE(nn.Module):
@@ -34,7 +32,7 @@ class MAE(nn.Module):
     ):
         super().__init__()
         self.patch, self.side, self.norm_pix_loss = patch, size // patch, norm_pix_loss
-        self.encoder = VisionTransformer(
+        self.encoder: Any = VisionTransformer(
             img_size=size,
             patch_size=patch,
             embed_dim=embed_dim,
@@ -49,9 +47,9 @@ class MAE(nn.Module):
         self.register_buffer("decoder_positions", sincos_positions(decoder_dim, self.side), persistent=False)
         self.decoder_positions: Tensor
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=NORM) for _ in range(decoder_depth)
+            Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
         )
-        self.decoder_norm = NORM(decoder_dim)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pixels = nn.Linear(decoder_dim, 3 * patch * patch)
         self._initialise()
 
@@ -135,18 +133,14 @@ class MAE(nn.Module):
         return unpatchify(picture, self.patch)
 
 
-def patchify(
-    images: Float[Tensor, "batch 3 height width"], patch: int
-) -> Float[Tensor, "batch patches pixels"]:
+def patchify(images: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tensor, "batch patches pixels"]:
     """Patches row by row; within one, channel, then row, then column: the order of a convolution's weights."""
     batch, _, height, width = images.shape
     blocks = images.reshape(batch, 3, height // patch, patch, width // patch, patch)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 3 * patch * patch)
 
 
-def unpatchify(
-    patches: Float[Tensor, "batch patches pixels"], patch: int
-) -> Float[Tensor, "batch 3 height width"]:
+def unpatchify(patches: Float[Tensor, "batch patches pixels"], patch: int) -> Float[Tensor, "batch 3 height width"]:
     """`patchify` undone, for square pictures."""
     side = round(patches.shape[1] ** 0.5)
     blocks = patches.reshape(len(patches), side, side, 3, patch, patch)

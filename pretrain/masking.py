@@ -22,9 +22,7 @@ def alpha_at(progress: float, gamma: float) -> float:
     return min(1.0, max(0.0, progress)) ** gamma
 
 
-def random_masking(
-    noise: Float[Tensor, "batch patches"], *, mask_ratio: float
-) -> Bool[Tensor, "batch patches"]:
+def random_masking(noise: Float[Tensor, "batch patches"], *, mask_ratio: float) -> Bool[Tensor, "batch patches"]:
     """MAE's masking (arXiv:2111.06377): the M patches of least noise; True = hidden."""
     ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < hidden_count(noise.shape[1], mask_ratio)

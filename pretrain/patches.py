@@ -6,9 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def pool_labels(
-    parts: Int64[Tensor, "batch rows cols"], side: int, groups: int
-) -> Int64[Tensor, "batch patches"]:
+def pool_labels(parts: Int64[Tensor, "batch rows cols"], side: int, groups: int) -> Int64[Tensor, "batch patches"]:
     """Majority label of the cells of each patch, ties to the lower label.
 
     Raises:
@@ -28,9 +26,7 @@ def pool_rank(fgrank: Int64[Tensor, "batch rows cols"], side: int) -> Float[Tens
     return F.avg_pool2d(fgrank.float()[:, None], _block(fgrank.shape[1], side)).flatten(1)
 
 
-def best_patches(
-    fgrank: Int64[Tensor, "batch rows cols"], side: int, share: float
-) -> Int64[Tensor, "batch kept"]:
+def best_patches(fgrank: Int64[Tensor, "batch rows cols"], side: int, share: float) -> Int64[Tensor, "batch kept"]:
     """Indices of the `share` of patches best in foreground, ascending; ties to the lower index."""
     count = max(1, round(share * side * side))
     rank = pool_rank(fgrank, side)

@@ -36,7 +36,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
         ShardError: The shard set is unfinished or damaged.
         FloatingPointError: The loss is no longer finite.
     """
-    distributed.start(config.run.device)
+    joined = distributed.start(config.run.device)
     try:
         with RunFolder.open(config) as run, ShardSet.open(config.data) as shards:
             distributed.barrier()
@@ -44,7 +44,8 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
                 return run.report()
             return _train(config, run, shards, stop_after_steps)
     finally:
-        distributed.stop()
+        if joined:
+            distributed.stop()
 
 
 def build(config: PretrainConfig, size: int) -> MAE:
@@ -64,9 +65,7 @@ def build(config: PretrainConfig, size: int) -> MAE:
         )
 
 
-def _train(
-    config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_steps: int | None
-) -> dict[str, Any]:
+def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_steps: int | None) -> dict[str, Any]:
     _refuse_what_does_not_fit(config, shards)
     device = pick_device(config.run.device)
     model = build(config, shards.size).to(device)
@@ -90,7 +89,8 @@ def _train(
     progress = Progress(total, f"pretrain {config.masking}", "steps", done=step)
     clock = checkpoint.Clock(config.run.checkpoint_minutes)
     end = total if stop_after_steps is None else min(total, stop_after_steps)
-    began, first, figures = time.monotonic(), step, {}
+    began, first = time.monotonic(), step
+    figures: dict[str, float] = {}
     try:
         while step < end:
             alpha = alpha_at(step / total, config.gamma)
@@ -160,9 +160,7 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             "extract with a part learner, or take --masking random"
         )
     if shards.size % config.patch:
-        raise ValueError(
-            f"--patch {config.patch} does not divide the {shards.size}-px pictures of {config.data}"
-        )
+        raise ValueError(f"--patch {config.patch} does not divide the {shards.size}-px pictures of {config.data}")
     side = shards.size // config.patch
     if shards.grid % side:
         raise ValueError(
@@ -170,17 +168,13 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             "choose another --patch, or extract with another --grid"
         )
     if config.batch_size % distributed.world_size():
-        raise ValueError(
-            f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks"
-        )
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks")
 
 
 def _decayed(model: MAE, weight_decay: float) -> list[dict[str, Any]]:
     """Decay on matrices; none on biases, norms and tokens."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    plain = {
-        name for name, weight in trained if weight.ndim == 1 or name.endswith(("cls_token", "mask_token"))
-    }
+    plain = {name for name, weight in trained if weight.ndim == 1 or name.endswith(("cls_token", "mask_token"))}
     return [
         {"params": [weight for name, weight in trained if name not in plain], "weight_decay": weight_decay},
         {"params": [weight for name, weight in trained if name in plain], "weight_decay": 0.0},

@@ -49,9 +49,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(
-            f"{path} is no whole JSON file ({error}); delete it and run the same command again"
-        ) from None
+        raise ValueError(f"{path} is no whole JSON file ({error}); delete it and run the same command again") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -144,19 +144,14 @@ class ShardSet:
         if not folder.is_dir():
             raise FileNotFoundError(f"no shard set at {path}: expected a folder with dataset.json")
         if not (folder / "dataset.json").is_file():
-            raise ShardError(
-                f"{path} has no dataset.json: the set is not finished; run the same extract command again"
-            )
+            raise ShardError(f"{path} has no dataset.json: the set is not finished; run the same extract command again")
         info = read_json(folder / "dataset.json")
         if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
             raise ShardError(
                 f"{path} is {info.get('format')} version {info.get('version')}, expected {FORMAT} version {VERSION}; "
                 "read it with the release that wrote it"
             )
-        if (
-            not (folder / "index.parquet").is_file()
-            or sha256_file(folder / "index.parquet") != info["index_sha256"]
-        ):
+        if not (folder / "index.parquet").is_file() or sha256_file(folder / "index.parquet") != info["index_sha256"]:
             raise ShardError(
                 f"{folder / 'index.parquet'} is missing or not the one dataset.json names; delete dataset.json and extract again"
             )

@@ -71,19 +71,13 @@ def list_pictures(source: str | Path) -> PictureList:
     else:
         found = list(_in_text(path))
     if not found:
-        raise ValueError(
-            f"no pictures in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(path)}"
-        )
+        raise ValueError(f"no pictures in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(path)}")
     found.sort(key=lambda row: row[0].name.encode())
     names = Counter(picture.name for picture, _ in found)
     if len(names) < len(found):
-        raise ValueError(
-            f"{source} names {names.most_common(1)[0][0]} more than once; each picture may come once"
-        )
+        raise ValueError(f"{source} names {names.most_common(1)[0][0]} more than once; each picture may come once")
     labels = {label for _, label in found}
-    classes = (
-        tuple(sorted(label for label in labels if label)) if "" not in labels and len(labels) > 1 else ()
-    )
+    classes = tuple(sorted(label for label in labels if label)) if "" not in labels and len(labels) > 1 else ()
     ids = {label: number for number, label in enumerate(classes)}
     pictures = tuple(
         Picture(picture.name, picture.path, ids.get(label, -1), picture.offset, picture.size)
@@ -112,9 +106,7 @@ def decode_rgb(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
                 return _as_rgb(ImageOps.exif_transpose(image))
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
 
 

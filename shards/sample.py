@@ -73,9 +73,7 @@ def from_npy(data: bytes, dtype: str, grid: int) -> np.ndarray:
     """
     kind = np.dtype(dtype)
     if data[:HEADER] != npy_header(kind, (grid, grid)) or len(data) != HEADER + grid * grid * kind.itemsize:
-        raise ShardError(
-            f"expected a {grid}x{grid} .npy of {kind.name}, got {len(data)} bytes with another header"
-        )
+        raise ShardError(f"expected a {grid}x{grid} .npy of {kind.name}, got {len(data)} bytes with another header")
     return np.frombuffer(data, kind, offset=HEADER).reshape(grid, grid)
 
 

@@ -7,7 +7,7 @@ state is p, and nothing else.
 
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,9 +21,7 @@ from shards.order import permutation
 
 try:
     import simplejpeg
-except (
-    ImportError
-):  # a machine with its own stack: Pillow decodes to the same bits, at two thirds of the speed
+except ImportError:  # a machine with its own stack: Pillow decodes to the same bits, at two thirds of the speed
     simplejpeg = None
 
 
@@ -65,25 +63,21 @@ class Stream:
         prefetch: int = 2,
     ):
         if batch_size % world_size:
-            raise ValueError(
-                f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple"
-            )
+            raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple")
         self.shards, self.batch_size, self.seed, self.position = shards, batch_size, seed, position
         self.local = batch_size // world_size
         self.first = rank * self.local
         self.threads, self.prefetch = threads, prefetch
         self._orders: dict[int, np.ndarray] = {}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         position = self.position
         with ThreadPoolExecutor(self.threads, thread_name_prefix="stream") as pool:
             ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
             try:
                 while True:
                     while len(ahead) <= self.prefetch:
-                        ahead.append(
-                            _submit(pool, self.shards, *self._place(position), position, self.threads)
-                        )
+                        ahead.append(_submit(pool, self.shards, *self._place(position), position, self.threads))
                         position += self.batch_size
                     yield _ready(*ahead.popleft())
             finally:
@@ -124,11 +118,9 @@ def decode_jpeg_into(jpeg: bytes, row: UInt8[np.ndarray, "height width 3"]) -> N
         if (height, width) == row.shape[:2]:
             simplejpeg.decode_jpeg(jpeg, buffer=row)
             return
-        pixels = np.empty((height, width, 3), np.uint8)
+        pixels = np.empty((int(height), int(width), 3), np.uint8)
     if pixels.shape != row.shape:
-        raise ValueError(
-            f"the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected {row.shape[1]}x{row.shape[0]}"
-        )
+        raise ValueError(f"the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected {row.shape[1]}x{row.shape[0]}")
     row[:] = pixels
 
 
@@ -162,9 +154,7 @@ def _fill(batch: Batch, rows: range, shards: ShardSet) -> None:
         try:
             decode_jpeg_into(sample.jpeg, batch.images[row])
         except (ValueError, OSError) as error:
-            raise ShardError(
-                f"the picture {sample.key} of {shards.path} cannot be decoded: {error}"
-            ) from error
+            raise ShardError(f"the picture {sample.key} of {shards.path} cannot be decoded: {error}") from error
 
 
 def _ready(batch: Batch, tasks: list[Future[None]]) -> Batch:

@@ -13,9 +13,7 @@ from shards.sample import LabelledPicture
 from shards.writer import write_shard
 
 
-def drawn(
-    count: int, size: int, grid: int, groups: int, classes: int, seed: int
-) -> Iterator[LabelledPicture]:
+def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledPicture]:
     """Pictures of noise in a class's colour, with random labels and ranks."""
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -36,9 +34,7 @@ def drawn(
         )
 
 
-def write_set(
-    folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, samples_per_shard=16, seed=0
-) -> Path:
+def write_set(folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, samples_per_shard=16, seed=0) -> Path:
     """A finished shard set, through the real writer."""
     folder.mkdir(parents=True, exist_ok=True)
     digest = open_plan(folder, {"seed": seed, "inputs": count})

@@ -30,14 +30,56 @@ def draw(folder: Path, *, classes: int, each: int) -> None:
             pixels = random.integers(0, 100, (40, 56, 3)) + 30 * label
             x, y = random.integers(0, 20, 2)
             pixels[y : y + 16, x : x + 16] = 255
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                folder / f"class{label}" / f"{number}.jpg"
-            )
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"class{label}" / f"{number}.jpg")
 
 
-ENCODER = ["--size", "32", "--local-size", "16", "--local-crops", "2", "--patch", "8", "--dim", "32", "--depth", "2", "--heads", "2", "--prototypes", "32", "--epochs", "1", "--batch-size", "4", "--warmup-epochs", "0"]
+ENCODER = [
+    "--size",
+    "32",
+    "--local-size",
+    "16",
+    "--local-crops",
+    "2",
+    "--patch",
+    "8",
+    "--dim",
+    "32",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--prototypes",
+    "32",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--warmup-epochs",
+    "0",
+]
 LEARN = ["--grid", "4", "--parts", "3", "--views", "2", "--steps", "3", "--batch-size", "4", "--encoder-block", "1"]
-PRETRAIN = ["--patch", "8", "--embed-dim", "32", "--depth", "2", "--heads", "2", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4"]
+PRETRAIN = [
+    "--patch",
+    "8",
+    "--embed-dim",
+    "32",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--decoder-dim",
+    "16",
+    "--decoder-depth",
+    "1",
+    "--decoder-heads",
+    "2",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--batch-size",
+    "4",
+]
 
 
 def test_eight_jpegs_go_through_every_verb(tmp_path):

@@ -108,9 +108,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is no whole safetensors file ({error}); delete it and run again"
-        ) from None
+        raise CheckpointError(f"{path} is no whole safetensors file ({error}); delete it and run again") from None
     return tensors, {name: _decoded(value) for name, value in header.items()}
 
 

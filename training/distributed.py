@@ -6,23 +6,24 @@ import torch
 import torch.distributed as dist
 
 
-def start(device_name: str) -> None:
+def start(device_name: str) -> bool:
     """Join the process group that torchrun describes in the environment, unless Ray Train joined it already.
 
-    Takes gloo without CUDA, nccl with it, and binds this process to the GPU of its local rank.
+    Takes gloo without CUDA, nccl with it, and binds this process to the GPU of its local rank. Returns whether a
+    group was joined here, which is then `stop`'s to leave.
     """
     on_cuda = device_name in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
+        return False
     dist.init_process_group("nccl" if on_cuda else "gloo")
+    return True
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group."""
+    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -21,7 +21,7 @@ class Progress:
         self._living = sys.stderr.isatty()
         self._silent = not distributed.is_main()
 
-    def advance(self, count: int = 1, **shown: float) -> None:
+    def advance(self, count: int = 1, /, **shown: float) -> None:
         """`count` more are done; `shown` are figures worth seeing beside them."""
         self.done += count
         now = time.monotonic()

@@ -75,9 +75,7 @@ class RunFolder:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise RunError(
-                f"{path} is in use by another process; wait for it or choose another --out"
-            ) from None
+            raise RunError(f"{path} is in use by another process; wait for it or choose another --out") from None
         try:
             _claim(path, config)
         except BaseException:

@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, total_steps: int, final: float = 0.0
-) -> float:
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
     """Linear warm-up from 0 to `peak`, then half a cosine down to `final` at `total_steps`.
 
         warm-up:  peak · step / warmup_steps

@@ -115,9 +115,7 @@ def test_balance_is_0_for_equal_use_and_log_n_for_a_single_part():
     alone[:, 1] = 1
 
     assert balance_loss(torch.full((2, 4, 8), 0.25), everywhere(2, 8)).item() == pytest.approx(0, abs=1e-6)
-    assert balance_loss(alone, everywhere(2, 8)).item() == pytest.approx(
-        torch.tensor(4.0).log().item(), rel=1e-3
-    )
+    assert balance_loss(alone, everywhere(2, 8)).item() == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-3)
 
 
 def test_the_feature_loss_is_0_where_every_token_is_its_parts_vector():

@@ -66,9 +66,7 @@ def test_a_file_of_another_architecture_fails(vit_small, tmp_path):
 
 
 def test_a_prefix_is_stripped_only_where_it_leads(tmp_path):
-    torch.save(
-        {"module.backbone.x": torch.zeros(1), "blocks.backbone.y": torch.zeros(1)}, tmp_path / "odd.pth"
-    )
+    torch.save({"module.backbone.x": torch.zeros(1), "blocks.backbone.y": torch.zeros(1)}, tmp_path / "odd.pth")
 
     weights, _ = read_weights(tmp_path / "odd.pth")
 
@@ -152,7 +150,5 @@ def test_with_kept_patches_only_those_are_computed():
     encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
     pictures, everything = images(64, 2), torch.arange(16).expand(2, -1)
 
-    assert torch.allclose(
-        encoder(pictures, everything).patch_tokens, encoder(pictures).patch_tokens, atol=1e-5
-    )
+    assert torch.allclose(encoder(pictures, everything).patch_tokens, encoder(pictures).patch_tokens, atol=1e-5)
     assert encoder(pictures, everything[:, :5]).patch_tokens.shape == (2, 5, 192)

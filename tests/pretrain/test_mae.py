@@ -63,9 +63,7 @@ def test_patches_outside_both_lists_do_not_matter(model):
         index = ids[..., None].expand(-1, -1, mixed.shape[-1])
         mixed.scatter_(1, index, patchify(images, 8).gather(1, index))
 
-    assert torch.allclose(
-        model(images, visible, hidden), model(unpatchify(mixed, 8), visible, hidden), atol=1e-6
-    )
+    assert torch.allclose(model(images, visible, hidden), model(unpatchify(mixed, 8), visible, hidden), atol=1e-6)
 
 
 def test_hidden_pixels_do_not_reach_the_prediction(model):

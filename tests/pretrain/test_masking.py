@@ -17,9 +17,9 @@ from pretrain.masking import (
     semantic_masking,
 )
 
-awkward_sizes = st.lists(
-    st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9
-).filter(lambda sizes: sum(sizes) > 1)
+awkward_sizes = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9).filter(
+    lambda sizes: sum(sizes) > 1
+)
 TABLE = [  # method reference, section 4: n = 5 0 12 9 3 20, L = 49, M = 37
     ([2, 5, 3, 0, 4, 1], 0.0, [4, 0, 9, 7, 2, 15]),
     ([2, 5, 3, 0, 4, 1], 0.5, [2, 0, 10, 6, 1, 18]),
@@ -75,9 +75,7 @@ def test_counts_are_those_of_the_loop(sizes, ratio, numerator, data):
 @given(sizes=awkward_sizes, ratio=st.floats(0.05, 0.95), alpha=st.floats(0, 1), seed=st.integers(0, 99))
 def test_every_picture_hides_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.cat(
-        [labels_of(sizes, seed), labels_of(sizes[::-1], seed), torch.zeros(1, sum(sizes)).long()]
-    )
+    labels = torch.cat([labels_of(sizes, seed), labels_of(sizes[::-1], seed), torch.zeros(1, sum(sizes)).long()])
 
     mask = semantic_masking(
         labels,

@@ -81,9 +81,7 @@ def test_two_ranks_equal_one_on_the_joined_batch(make_shards, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         difference = (one[name] - two[name]).abs()
-        if name.endswith(
-            "qkv.bias"
-        ):  # a key's bias has no gradient but rounding, which Adam blows up to a whole step
+        if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam blows up to a whole step
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
         assert difference.max().item() < 3e-6, name
     assert not torch.equal(one["mask_token"], torch.zeros_like(one["mask_token"]))
@@ -126,9 +124,7 @@ def painted_batch(count: int = 8, grid: int = 4, cell: int = 8) -> Batch:
     images = np.repeat(np.repeat(20 * parts, cell, axis=1), cell, axis=2)[..., None].repeat(3, axis=3)
     ranks = np.stack([random.permutation(grid * grid) for _ in range(count)]).astype(np.uint16)
     indices = np.arange(count)
-    return Batch(
-        images, parts, ranks.reshape(count, grid, grid), indices, indices, np.zeros(count, np.int64), 0
-    )
+    return Batch(images, parts, ranks.reshape(count, grid, grid), indices, indices, np.zeros(count, np.int64), 0)
 
 
 def test_labels_follow_a_flipped_picture(tmp_path):
@@ -149,9 +145,7 @@ def test_flipping_twice_is_nothing():
 
 
 def test_a_kept_quarter_is_masked_by_its_own_counts(tmp_path):
-    masked = mask_batch(
-        painted_batch(), config(tmp_path, tmp_path, keep_share=0.5), side=4, groups=5, alpha=0.0
-    )
+    masked = mask_batch(painted_batch(), config(tmp_path, tmp_path, keep_share=0.5), side=4, groups=5, alpha=0.0)
 
     assert masked.mask.shape == (8, 8)
     assert (masked.mask.sum(1) == 6).all()

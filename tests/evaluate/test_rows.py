@@ -1,0 +1,191 @@
+"""From pictures and an encoder to rows on disk."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluate.config import KnnConfig, ProbeConfig
+from evaluate.features import extract_features, held_out, kept_patches, load_split, train_and_test
+from evaluate.knn import knn
+from evaluate.linear import probe
+from evaluate.result import Result, append_results, results_path
+from partlearn.encoders import load_encoder
+from training.checkpoint import save
+
+FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time"
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run folder with one checkpoint of a tiny random ViT."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(num_classes=0, **VIT)
+    vit = VIT | {"mean": [0.5] * 3, "std": [0.25] * 3, "source": "test"}
+    run = tmp_path / "run"
+    save(run, 1, model.state_dict(), metadata={"vit": vit}, state={})
+    (run / "config.json").write_text("{}")
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes, red and blue, six pictures each."""
+    folder = tmp_path / "photos"
+    for number in range(12):
+        place = folder / ("red", "blue")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 60, (40, 52, 3))
+        pixels[..., 2 * (number % 2)] += 180
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+def a_row(number: int) -> Result:
+    hashes = dict.fromkeys(("checkpoint_sha256", "config_sha256", "data_fingerprint"), "0")
+    return Result(
+        protocol="knn",
+        metric="top1",
+        value=float(number),
+        checkpoint="c",
+        seed=0,
+        epochs=0,
+        versions={},
+        time="t",
+        **hashes,
+    )
+
+
+def test_knn_and_probe_write_exactly_the_interfaces_fields(checkpoint, photos, tmp_path):
+    json_file = tmp_path / "new" / "rows.json"
+    where = {"checkpoint": str(checkpoint), "images": str(photos), "device": "cpu", "json": json_file}
+
+    rows = knn(KnnConfig(pool="mean", **where))
+    told = json.loads(json_file.read_text())
+    rows += probe(ProbeConfig(pool="mean", epochs=5, warmup_epochs=1, **where))
+
+    lines = [json.loads(line) for line in (checkpoint / "results.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [set(FIELDS.split())] * 2
+    assert told == lines[:1]
+    assert [line["value"] for line in lines] == [row.value for row in rows]
+    found = [(line["protocol"], line["metric"], line["epochs"]) for line in lines]
+    assert found == [("knn", "top1", 0), ("probe", "top1", 5)]
+    assert rows[0].value == 100
+    assert lines[0]["checkpoint_sha256"] == lines[1]["checkpoint_sha256"]
+    assert lines[0]["config_sha256"] != lines[1]["config_sha256"]
+
+
+def test_the_hash_of_the_settings_knows_no_paths_and_no_speed(checkpoint, photos, tmp_path):
+    where = {"checkpoint": str(checkpoint), "images": str(photos), "device": "cpu", "out": tmp_path / "a"}
+
+    first = knn(KnnConfig(**where))[0]
+    faster = knn(KnnConfig(**where | {"threads": 1, "batch_size": 5, "out": tmp_path / "b", "seed": 3}))[0]
+    other = knn(KnnConfig(neighbours=3, **where))[0]
+
+    assert first.config_sha256 == faster.config_sha256 != other.config_sha256
+
+
+def test_a_shard_set_can_be_scored_whole_or_kept(checkpoint, make_shards, tmp_path):
+    shards = make_shards(count=24)
+    where = {"checkpoint": str(checkpoint), "data": str(shards.path), "device": "cpu", "out": tmp_path}
+
+    full, kept = (train_and_test(KnnConfig(tokens=tokens, **where)) for tokens in ("full", "kept"))
+
+    assert len(full.train) + len(full.test) == 24
+    assert full.data_fingerprint == shards.fingerprint
+    assert not torch.allclose(full.test, kept.test)
+    assert torch.equal(full.test_labels, kept.test_labels)
+
+
+def test_kept_patches_are_the_quarter_best_in_rank():
+    fgrank = np.random.default_rng(0).permutation(16).reshape(1, 4, 4).astype(np.uint16)
+
+    kept = kept_patches(fgrank, 4, "set")
+
+    assert kept.tolist() == [np.flatnonzero(fgrank.ravel() < 4).tolist()]
+    with pytest.raises(ValueError, match="set holds ranks of 4 cells a side"):
+        kept_patches(fgrank, 8, "set")
+
+
+def test_a_test_split_is_matched_by_class_names(checkpoint, photos, tmp_path):
+    test = tmp_path / "test"
+    for name in ("red", "blue"):
+        (test / name).mkdir(parents=True)
+        next((photos / name).iterdir()).rename(test / name / "picture.png")
+    where = {"checkpoint": str(checkpoint), "images": str(photos), "device": "cpu", "pool": "mean"}
+
+    found = train_and_test(KnnConfig(val_images=str(test), **where))
+
+    assert (len(found.train), len(found.test)) == (10, 2)
+    (test / "red").rename(test / "green")
+    with pytest.raises(ValueError, match=r"lacks \(green\)"):
+        train_and_test(KnnConfig(val_images=str(test), **where))
+
+
+def test_unreadable_pictures_are_left_out_and_counted(checkpoint, photos, capsys):
+    (photos / "red" / "torn.png").write_bytes(b"no picture")
+    encoder = load_encoder(f"run:{checkpoint}", device=torch.device("cpu"))
+
+    features, labels = extract_features(encoder, load_split("", str(photos)), batch_size=5)
+
+    assert features.shape == (12, 16)
+    assert len(labels) == 12
+    assert "1 of 13 pictures" in capsys.readouterr().err
+
+
+def test_pictures_without_classes_are_refused(photos, make_shards):
+    with pytest.raises(ValueError, match="have no class"):
+        load_split("", str(photos / "red"))
+    with pytest.raises(ValueError, match="have no class"):
+        load_split(str(make_shards(count=4, classes=0).path), "")
+
+
+def test_every_fifth_picture_is_held_out_whatever_the_order():
+    held = held_out(50, seed=1)
+
+    assert held.sum() == 10
+    assert torch.equal(held, held_out(50, seed=1))
+    assert not torch.equal(held, held_out(50, seed=2))
+    with pytest.raises(ValueError, match="at least 5 pictures, got 4"):
+        held_out(4, seed=0)
+
+
+def test_rows_are_added_whole_and_half_a_line_is_cut_off(tmp_path):
+    path = tmp_path / "deep" / "results.jsonl"
+    append_results(path, [a_row(0), a_row(1)])
+    with open(path, "a") as file:
+        file.write('{"protocol": "kn')
+
+    append_results(path, [a_row(2)])
+
+    assert [json.loads(line)["value"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    append_results(path, [a_row(0)])
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(OSError, match="no space"):
+        append_results(path, [a_row(1)])
+    assert path.read_bytes() == before
+
+
+def test_results_lie_in_the_run_that_was_scored(checkpoint, tmp_path):
+    step = checkpoint / "checkpoints" / "step-00000001"
+
+    for path in (checkpoint, step, step / "model.safetensors"):
+        assert results_path(str(path), None) == checkpoint / "results.jsonl"
+    assert results_path(str(checkpoint), tmp_path) == tmp_path / "results.jsonl"
+    assert str(results_path("", None)) == "runs/results.jsonl"

@@ -1,0 +1,134 @@
+"""Whatever lies in people's folders: read, or listed with the reason."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.pictures import PictureError, decode_rgb, list_pictures, read_bytes, square
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED = Image.new("RGB", (12, 8), (200, 30, 30))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(RED, "PNG"),
+        saved(RED.convert("CMYK"), "JPEG", quality=95),
+        saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        saved(RED.convert("RGBA"), "PNG"),
+        saved(RED, "WEBP", lossless=True),
+    ],
+    ids=["png", "cmyk", "palette", "alpha", "webp"],
+)
+def test_every_kind_becomes_rgb(data):
+    image = decode_rgb(data)
+
+    assert (image.mode, image.size) == ("RGB", (12, 8))
+    assert np.abs(np.asarray(image, int) - [200, 30, 30]).max() < 12
+
+
+def test_grey_and_16_bits_are_scaled_not_clipped():
+    grey = decode_rgb(saved(Image.new("L", (4, 4), 90), "PNG"))
+    deep = decode_rgb(saved(Image.fromarray(np.full((4, 4), 90 * 257, np.uint16)), "PNG"))
+
+    assert np.asarray(grey).tolist() == np.full((4, 4, 3), 90).tolist()
+    assert np.asarray(deep).tolist() == np.full((4, 4, 3), 90).tolist()
+
+
+def test_transparent_pixels_lie_over_white():
+    assert decode_rgb(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pictures_come_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    assert decode_rgb(saved(RED, "JPEG", exif=exif)).size == (8, 12)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", saved(RED, "JPEG")[:200], saved(RED, "PNG")[:45]])
+def test_what_is_no_whole_picture_has_a_reason(data):
+    with pytest.raises(PictureError, match=r"\w+"):
+        decode_rgb(data)
+
+
+def test_the_square_is_cut_where_it_is_asked_for():
+    image = Image.new("RGB", (30, 10))
+    image.paste((255, 255, 255), (20, 0, 30, 10))
+
+    left, box = square(image, 10, offset=0.0)
+    right, _ = square(image, 10, offset=1.0)
+
+    assert box == (0, 0, 10, 10)
+    assert np.asarray(left).max() == 0
+    assert np.asarray(right).min() == 255
+
+
+def put(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        RED.save(path, "PNG" if path.suffix == ".png" else "JPEG")
+
+
+def test_class_folders_a_flat_folder_and_truth_beside_pictures(tmp_path):
+    put(tmp_path / "classes", "cat/b.jpg", "cat/a.JPEG", "dog/c.png")
+    put(tmp_path / "flat", "b.jpg", "a.jpg", ".hidden.jpg")
+    put(tmp_path / "truth", "images/1.jpg", "labels/1.png")
+
+    classes, flat, truth = (list_pictures(tmp_path / name) for name in ("classes", "flat", "truth"))
+
+    assert [(p.name, p.class_id) for p in classes.pictures] == [("cat/a.JPEG", 0), ("cat/b.jpg", 0), ("dog/c.png", 1)]
+    assert classes.classes == ("cat", "dog")
+    assert [p.name for p in flat.pictures] == ["a.jpg", "b.jpg"]
+    assert flat.classes == ()
+    assert [p.name for p in truth.pictures] == ["1.jpg"]
+
+
+def test_a_list_file_and_a_tar(tmp_path):
+    put(tmp_path, "x/1.jpg", "y/2.jpg")
+    (tmp_path / "list.txt").write_text("y/2.jpg\tdog\nx/1.jpg\tcat\n")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in ("x/1.jpg", "y/2.jpg"):
+            tar.add(tmp_path / name, arcname=name)
+
+    text, tar = list_pictures(tmp_path / "list.txt"), list_pictures(tmp_path / "set.tar")
+
+    assert [(p.name, p.class_id) for p in text.pictures] == [("x/1.jpg", 0), ("y/2.jpg", 1)]
+    assert tar.classes == ("x", "y")
+    assert read_bytes(tar.pictures[1]) == (tmp_path / "y/2.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (lambda path: None, FileNotFoundError, "no pictures at"),
+        (lambda path: path.mkdir(), ValueError, "an empty folder"),
+        (lambda path: path.write_text("nowhere.jpg\n"), FileNotFoundError, r"line 1 names nowhere\.jpg"),
+    ],
+)
+def test_a_source_without_pictures_is_a_sentence(make, error, sentence, tmp_path):
+    make(tmp_path / "source")
+
+    with pytest.raises(error, match=sentence):
+        list_pictures(tmp_path / "source")
+
+
+def test_the_digest_is_of_names_and_classes(tmp_path):
+    put(tmp_path / "one", "cat/a.jpg", "dog/b.jpg")
+    put(tmp_path / "two", "cat/a.jpg", "dog/b.jpg")
+    put(tmp_path / "three", "cat/a.jpg", "dog/c.jpg")
+
+    one, two, three = (list_pictures(tmp_path / name).digest for name in ("one", "two", "three"))
+
+    assert one == two != three
