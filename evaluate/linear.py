@@ -56,8 +56,8 @@ def batch_and_peak(count: int, asked: int | None, base_lr: float) -> tuple[int, 
 
     Unless `asked`, the batch is MAE's 16,384. Below 10,000 features that is one step an epoch, and a smaller
     batch under the linear rule leaves the weights nearly where they began: LARS moves them by lr/1000 of their
-    norm a step, so the way is proportional to the number of features. There, steps of 256 keep
-    the rate of 16,384 (10 classes, 400 features of a ViT-Tiny: 66 % against 13 % under the linear rule).
+    norm a step, so the way is proportional to the number of features. There, steps of 256 keep the rate of
+    16,384 (10 classes, 400 features of a ViT-Tiny: 66 % right, against 13 % under the linear rule).
 
     Raises:
         ValueError: There are fewer than two features, too few for batch statistics.

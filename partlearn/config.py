@@ -169,5 +169,6 @@ class ExtractConfig:
             raise ValueError(f"quality must lie between 1 and 100, got {self.quality}")
         if self.samples_per_shard < 1 or self.batch_size < 1:
             raise ValueError(
-                f"samples_per_shard and batch_size must be at least 1, got {self.samples_per_shard} and {self.batch_size}"
+                "samples_per_shard and batch_size must be at least 1, got "
+                f"{self.samples_per_shard} and {self.batch_size}"
             )

@@ -30,7 +30,6 @@ from training.schedule import cosine, learning_rate
 GLOBAL_SCALE, LOCAL_SCALE = (0.35, 1.0), (0.08, 0.35)
 GLOBAL_CROPS = 2
 JITTER = 0.4
-TEACHER_TEMPERATURE, TEACHER_WARMUP = (0.04, 0.07), 0.3
 GRADIENT_NORM = 3.0
 COLLAPSED = 0.02
 
@@ -39,9 +38,9 @@ COLLAPSED = 0.02
 class Crops:
     """What one step shows: crop after crop of the whole batch."""
 
-    global_crops: Float[Tensor, "globals*batch 3 size size"]
-    local_crops: Float[Tensor, "locals*batch 3 local local"]
-    masks: Bool[Tensor, "globals*batch patches"]
+    global_crops: Float[Tensor, "global_crops 3 size size"]
+    local_crops: Float[Tensor, "local_crops 3 local_size local_size"]
+    masks: Bool[Tensor, "global_crops patches"]
 
 
 def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> dict[str, Any]:
@@ -56,6 +55,11 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
             return run.report()
         device = pick_device(config.run.device)
         total = config.epochs * len(pictures.pictures) // config.batch_size
+        if config.epochs and not total:
+            raise ValueError(
+                f"{config.epochs} epochs of {len(pictures.pictures)} pictures make no batch of {config.batch_size}; "
+                "lower --batch-size or raise --epochs"
+            )
         pair = new_pair(config).to(device)
         optimizer = new_optimizer(pair, config)
         step = _resume(run, pair, optimizer, config)
@@ -83,7 +87,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
                     warned = True
                     print(
                         f"the teacher says the same of every picture at step {step} (collapse); "
-                        "the encoder will be of no use: start again with a lower --base-lr or a higher --teacher-momentum",
+                        "start again with a lower --base-lr or a higher --teacher-momentum",
                         file=sys.stderr,
                     )
                 if not all(math.isfinite(value) for value in shown.values()):
@@ -188,15 +192,12 @@ def train_step(
     )
     for group in optimizer.param_groups:
         group["lr"] = rate
-    low, high = TEACHER_TEMPERATURE
-    temperature = low + (high - low) * min(1.0, step / (TEACHER_WARMUP * total))
     with autocast(crops.global_crops.device, config.run.precision):
         losses: Losses = pair.losses(
             crops.global_crops,
             crops.local_crops,
             crops.masks,
             batch=len(crops.global_crops) // GLOBAL_CROPS,
-            teacher_temperature=temperature,
         )
     optimizer.zero_grad()
     (losses.of_class + losses.of_patch).backward()

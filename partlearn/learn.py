@@ -88,7 +88,7 @@ def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[s
                 figures = parts_of_loss | health(maps.detach(), cells)
                 metrics.log(step, loss=loss.item(), **figures)
             step += 1
-            progress.advance(psnr=figures["psnr"], parts_used=figures["parts_used"])
+            progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
             if clock.due() or step == end:
                 _save(run, step, learner, encoder, optimiser)
         progress.close()

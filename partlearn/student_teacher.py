@@ -45,20 +45,19 @@ class StudentTeacher(nn.Module):
 
     def losses(
         self,
-        global_crops: Float[Tensor, "globals*batch 3 size size"],
-        local_crops: Float[Tensor, "locals*batch 3 local local"],
-        masks: Bool[Tensor, "globals*batch patches"],
+        global_crops: Float[Tensor, "global_crops 3 size size"],
+        local_crops: Float[Tensor, "local_crops 3 local_size local_size"],
+        masks: Bool[Tensor, "global_crops patches"],
         *,
         batch: int,
-        teacher_temperature: float,
     ) -> Losses:
         """Both losses of one batch; moves the centres, after they were used."""
         with torch.no_grad():
             seen = vit_tokens(self.teacher, global_crops)
             class_logits = self.teacher_head(seen[:, 0])
             patch_logits = self.teacher_head(seen[:, 1:][masks])
-            class_targets = targets(class_logits, self.class_centre, teacher_temperature)
-            patch_targets = targets(patch_logits, self.patch_centre, teacher_temperature)
+            class_targets = targets(class_logits, self.class_centre)
+            patch_targets = targets(patch_logits, self.patch_centre)
             self.class_centre.copy_(moved_centre(self.class_centre, class_logits))
             if len(patch_logits):
                 self.patch_centre.copy_(moved_centre(self.patch_centre, patch_logits))

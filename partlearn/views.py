@@ -5,7 +5,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class PictureBatches:
         """Stop the threads; what was decoded ahead is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PictureBatches":
         return self
 
     def __exit__(self, *_: object) -> None:

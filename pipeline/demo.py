@@ -1,4 +1,4 @@
-"""The verb `demo`: every stage of the job, small, each in a run folder of its own, so that a second call reuses them."""
+"""The verb `demo`: every stage of the job, small, each in a run folder of its own that a second call reuses."""
 
 import dataclasses
 import sys
@@ -49,16 +49,17 @@ class Stages:
             images=self.images,
             size=64,
             local_size=32,
-            local_crops=4,
+            local_crops=2,
             patch=PATCH,
-            dim=192,
-            depth=6,
-            heads=3,
-            prototypes=512,
-            epochs=4 if trained else 0,
-            batch_size=64,
-            base_lr=2e-3,
+            dim=128,
+            depth=4,
+            heads=4,
+            prototypes=256,
+            epochs=6 if trained else 0,
+            batch_size=32,
+            base_lr=8e-3,
             warmup_epochs=0.5,
+            teacher_momentum=0.99,
             seed=self.config.seed,
             run=self.run("encoder" if trained else "encoder-untrained"),
         )
@@ -67,7 +68,7 @@ class Stages:
         return LearnConfig(
             images=self.images,
             encoder=f"run:{encoder.run.out}",
-            encoder_block=4,
+            encoder_block=2,
             grid=GRID,
             views=1,
             steps=300,
@@ -92,12 +93,12 @@ class Stages:
             data=str(self.config.out / "shards"),
             masking=masking,
             patch=PATCH,
-            embed_dim=192,
-            depth=6,
-            heads=3,
-            decoder_dim=96,
-            decoder_depth=2,
-            decoder_heads=3,
+            embed_dim=128,
+            depth=4,
+            heads=4,
+            decoder_dim=64,
+            decoder_depth=1,
+            decoder_heads=4,
             epochs=epochs,
             warmup_epochs=2 if epochs else 0,
             batch_size=64,
@@ -155,8 +156,8 @@ def _draw(pictures: Path, seed: int) -> None:
 
 
 def _epochs(count: int) -> int:
-    """Passes that take the pretrainings of the demo about as long on any set: 60,000 pictures, at least one pass."""
-    return max(1, round(60_000 / count))
+    """Passes that take the pretrainings of the demo about as long on any set: 40,000 pictures, at least one pass."""
+    return max(1, round(40_000 / count))
 
 
 def _step(name: str, what: str, work: Callable[[], Any]) -> None:

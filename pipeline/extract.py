@@ -59,8 +59,8 @@ def _extract(config: ExtractConfig, folder: Path, pictures: PictureList, labelle
     missing = [number for number in range(count) if not shard_done(folder, number, digest)]
     if missing:
         build = _on_ray if config.backend == "ray" else _here
-        progress = Progress(len(pictures.pictures), "extracting", "pictures")
-        progress.advance((count - len(missing)) * config.samples_per_shard)
+        done = min(len(pictures.pictures), (count - len(missing)) * config.samples_per_shard)
+        progress = Progress(len(pictures.pictures), "extracting", "pictures", done=done)
         failed, rejected, retries = {}, 0, 0
         for number, outcome in build(missing, pictures, labeller, config, digest):
             if isinstance(outcome, Exception):

@@ -153,7 +153,8 @@ class ShardSet:
             )
         if not (folder / "index.parquet").is_file() or sha256_file(folder / "index.parquet") != info["index_sha256"]:
             raise ShardError(
-                f"{folder / 'index.parquet'} is missing or not the one dataset.json names; delete dataset.json and extract again"
+                f"{folder / 'index.parquet'} is missing or not the one dataset.json names; "
+                "delete dataset.json and extract again"
             )
         return cls(folder, info, pq.read_table(folder / "index.parquet"))
 
@@ -212,7 +213,7 @@ class ShardSet:
                     self._files[shard] = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
                     raise ShardError(
-                        f"{path} is missing; run the same extract command again after deleting dataset.json"
+                        f"{path} is missing; delete dataset.json and run the same extract command again"
                     ) from None
             return self._files[shard]
 

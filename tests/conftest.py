@@ -1,5 +1,6 @@
 """Small real things that several tests need."""
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from partlearn.config import LearnConfig
+from partlearn.learn import learn
 from shards.dataset import ShardSet, finalise, open_plan
 from shards.sample import LabelledPicture
 from shards.writer import write_shard
+from training.config import RunConfig
 
 
 def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledPicture]:
@@ -66,3 +70,36 @@ def make_shards(tmp_path) -> Callable[..., ShardSet]:
     yield make
     for shards in made:
         shards.close()
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """A folder of small JPEGs of coloured blobs."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = random.integers(0, 255, (6, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((48, 40)).save(folder / f"{number:03d}.jpg")
+    return folder
+
+
+def small_parts(run: Path) -> Path:
+    """A part learner of two steps on random features: poor parts, real machinery."""
+    run.mkdir()
+    config = LearnConfig(
+        images=str(photographs(run / "photos", 6)),
+        encoder="random:vit_tiny_patch16_224",
+        grid=4,
+        parts=3,
+        views=1,
+        steps=2,
+        batch_size=4,
+        run=RunConfig(out=run / "run", device="cpu", precision="fp32"),
+    )
+    learn(config)
+    return run / "run"
+
+
+def tars(out: Path) -> dict[str, str]:
+    """SHA-256 of every tar and of the merged index."""
+    files = [*sorted((out / "shards").glob("*.tar")), out / "index.parquet"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

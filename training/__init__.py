@@ -1,1 +1,1 @@
-"""What every training loop repeats: run folder, device, schedule, checkpoint, ranks, metrics, progress. Knows no task."""
+"""What every training loop repeats: run folder, device, schedule, checkpoint, ranks, metrics. Knows no task."""

@@ -105,7 +105,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             header = file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no whole safetensors file ({error}); delete it and run again") from None

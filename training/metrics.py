@@ -21,7 +21,7 @@ class Metrics:
         aside = path.with_name(".metrics.jsonl.partial")
         aside.write_text("".join(kept))
         os.replace(aside, path)
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(run, purge_step=step)
 
     def log(self, step: int, **numbers: float) -> None:

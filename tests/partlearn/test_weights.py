@@ -140,7 +140,7 @@ def test_class_attention_is_the_class_row_of_the_full_attention():
 
     tokens = encoder(images(64, 2))
 
-    batch, count, dim = seen[0].shape
+    batch, count, _ = seen[0].shape
     q, k, _ = attn.qkv(seen[0]).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     full = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
     assert torch.allclose(tokens.class_attention, full[:, :, 0, 1:], atol=1e-5)

@@ -1,0 +1,185 @@
+"""Self-distillation: its formulas, its interruption, and what it writes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import distillation as slow
+from timm.models.vision_transformer import VisionTransformer
+
+from partlearn import distill_loss
+from partlearn.config import EncoderConfig
+from partlearn.distill import distill, new_optimizer, new_pair
+from partlearn.encoders import load_encoder
+from training.checkpoint import find, load_state, load_tensors, newest
+from training.config import RunConfig
+from training.metrics import read_metrics
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads of torch wait for each other longer than these models compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Forty pictures of stripes, each of its own angle and colours."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:24, :24]
+    for number in range(40):
+        angle, colours = rng.uniform(0, np.pi), rng.uniform(0, 255, (2, 3))
+        stripes = (np.sin(x * np.cos(angle) + y * np.sin(angle)) > 0)[..., None]
+        Image.fromarray((stripes * colours[0] + ~stripes * colours[1]).astype(np.uint8)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+def tiny(images, out, **settings) -> EncoderConfig:
+    small = {"size": 16, "local_size": 8, "local_crops": 2, "patch": 4, "dim": 32, "depth": 2, "heads": 2}
+    schedule = {"prototypes": 32, "epochs": 4, "batch_size": 16, "base_lr": 0.02, "warmup_epochs": 0.5}
+    run = RunConfig(out=out, device="cpu", threads=1)
+    return EncoderConfig(images=images, run=run, **(small | schedule | {"teacher_momentum": 0.9} | settings))
+
+
+def distribution(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).softmax(dim=-1)
+
+
+def test_class_loss_is_dinos_double_loop():
+    student, teacher = torch.randn(5, 3, 7), distribution(2, 3, 7)
+
+    assert distill_loss.class_loss(student, teacher).item() == pytest.approx(
+        slow.class_loss(student, teacher), rel=1e-4
+    )
+
+
+def test_patch_loss_is_the_mean_cross_entropy_at_hidden_patches():
+    student, teacher = torch.randn(9, 7), distribution(9, 7)
+
+    assert distill_loss.patch_loss(student, teacher).item() == pytest.approx(
+        slow.patch_loss(student, teacher), rel=1e-4
+    )
+
+
+def test_a_centred_teacher_favours_what_it_seldom_says():
+    logits, centre = torch.zeros(1, 3), torch.tensor([0.1, 0.0, 0.0])
+
+    centred = distill_loss.targets(logits, centre, 0.5)[0]
+
+    assert centred[1] == pytest.approx(centred[2].item())
+    assert (centred[1] / centred[0]).log().item() == pytest.approx(3**0.5 / 0.5, rel=1e-4)
+
+
+def test_the_spread_tells_both_collapses_from_none():
+    same = torch.full((8, 8), 1 / 8)
+    one = torch.eye(8)[[0] * 8]
+    apart = torch.eye(8)
+
+    told = [distill_loss.spread(teacher)["told_apart"] for teacher in (same, one, apart)]
+
+    assert told == pytest.approx([0, 0, np.log(8)], abs=1e-5)
+
+
+def test_the_teacher_follows_the_student(images, tmp_path):
+    pair = new_pair(tiny(images, tmp_path))
+    for weight in pair.student.parameters():
+        torch.nn.init.normal_(weight)
+    before = {name: weight.clone() for name, weight in pair.teacher.named_parameters()}
+
+    pair.follow(0.9)
+
+    for name, weight in pair.student.named_parameters():
+        expected = 0.9 * before[name] + 0.1 * weight
+        assert torch.allclose(pair.teacher.get_parameter(name), expected, atol=1e-6)
+
+
+def test_the_optimizer_trains_the_student_and_never_the_teacher(images, tmp_path):
+    config = tiny(images, tmp_path)
+    pair = new_pair(config)
+
+    trained = {id(weight) for group in new_optimizer(pair, config).param_groups for weight in group["params"]}
+
+    student = [*pair.student.parameters(), *pair.student_head.parameters(), pair.mask_token]
+    assert trained == {id(weight) for weight in student}
+
+
+def test_a_stopped_run_continues_to_the_same_weights_bit_for_bit(images, tmp_path):
+    distill(tiny(images, tmp_path / "whole"))
+
+    distill(tiny(images, tmp_path / "halves"), stop_after_steps=4)
+    distill(tiny(images, tmp_path / "halves"))
+
+    whole, halves = newest(tmp_path / "whole"), newest(tmp_path / "halves")
+    assert whole.name == halves.name == "step-00000010"
+    assert (whole / "model.safetensors").read_bytes() == (halves / "model.safetensors").read_bytes()
+    expected, found = load_state(whole)["pair"], load_state(halves)["pair"]
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    losses = [[line["loss_class"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
+    assert losses[0] == losses[1]
+
+
+def test_training_lowers_both_losses(images, tmp_path):
+    distill(tiny(images, tmp_path / "run", epochs=32))
+
+    lines = read_metrics(tmp_path / "run")
+    for name in ("loss_class", "loss_patch"):
+        first, last = (np.mean([line[name] for line in part]) for part in (lines[:8], lines[-8:]))
+        assert last < 0.95 * first
+    assert lines[-1]["told_apart"] > 0.1
+
+
+def test_the_checkpoint_is_the_teacher_and_loads_strictly_in_timm(images, tmp_path):
+    distill(tiny(images, tmp_path / "run"))
+
+    weights, metadata = load_tensors(find(tmp_path / "run"))
+    vit = metadata["vit"]
+    numbers = {name: vit[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    VisionTransformer(**numbers, num_classes=0).load_state_dict(weights, strict=True)
+
+    encoder = load_encoder(f"run:{tmp_path / 'run'}", grid=6)
+    tokens = encoder(torch.zeros(2, 24, 24, 3, dtype=torch.uint8))
+    assert tokens.patch_tokens.shape == (2, 36, 32)
+
+
+def test_a_finished_run_is_not_run_again(images, tmp_path):
+    first = distill(tiny(images, tmp_path / "run"))
+
+    assert distill(tiny(images, tmp_path / "run")) == first
+
+
+def test_no_epochs_leave_the_encoder_as_it_was_drawn(images, tmp_path):
+    config = tiny(images, tmp_path / "run", epochs=0)
+
+    report = distill(config)
+
+    weights, _ = load_tensors(find(tmp_path / "run"))
+    drawn = new_pair(config).teacher.state_dict()
+    assert report["steps"] == 0
+    assert all(torch.equal(weights[name], drawn[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("absent", ["local_crops", "mask_share"])
+def test_it_trains_without_local_crops_and_without_masks(images, tmp_path, absent):
+    report = distill(tiny(images, tmp_path / "run", epochs=1, **{absent: 0}))
+
+    assert np.isfinite(report["loss_class"])
+    assert (report["loss_patch"] == 0) == (absent == "mask_share")
+
+
+def test_too_few_pictures_for_a_batch_are_told(images, tmp_path):
+    with pytest.raises(ValueError, match="make no batch of 512"):
+        distill(tiny(images, tmp_path / "run", batch_size=512))
+
+
+def test_another_seed_draws_another_student(images, tmp_path):
+    config = tiny(images, tmp_path)
+
+    first, second = (new_pair(dataclasses.replace(config, seed=seed)).student.pos_embed for seed in (0, 1))
+
+    assert not torch.equal(first, second)

@@ -1,0 +1,105 @@
+"""The part learner's loop and its labels."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import photographs
+
+from partlearn.config import LearnConfig
+from partlearn.label import Labeller
+from partlearn.learn import learn
+from training import checkpoint
+from training.config import RunConfig
+from training.metrics import read_metrics
+
+LITERAL = {
+    "target": "pixels", "where": "everywhere", "init": "heads", "softmax": "positions", "relative": False,
+    "background": False, "decoder_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("learn") / "photos", 6)
+
+
+def config(photos, out, **changes) -> LearnConfig:
+    settings = {"grid": 4, "parts": 3, "views": 2, "steps": 6, "batch_size": 4} | changes
+    run = RunConfig(out=out, device="cpu", precision="fp32")
+    return LearnConfig(images=str(photos), encoder="random:vit_tiny_patch16_224", run=run, **settings)
+
+
+def weights(run):
+    return checkpoint.load_tensors(checkpoint.find(run))[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 0}, LITERAL], ids=["default", "fresh views", "literal"])
+def test_stopping_and_resuming_gives_the_same_weights(changes, photos, tmp_path):
+    learn(config(photos, tmp_path / "straight", **changes))
+
+    learn(config(photos, tmp_path / "stopped", **changes), stop_after_steps=3)
+    learn(config(photos, tmp_path / "stopped", **changes))
+
+    straight, stopped = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+
+
+@pytest.mark.parametrize("changes", [{}, LITERAL], ids=["default", "literal"])
+def test_training_lowers_what_it_minimises_and_logs_its_health(changes, photos, tmp_path):
+    learn(config(photos, tmp_path / "run", **changes | {"steps": 41, "lr": 1e-2}))
+
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"psnr", "diversity", "parts_used", "largest_share", "speckle", "cosine", "area_2"} <= set(lines[-1])
+
+
+def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
+    learn(config(photos, tmp_path / "run"))
+    labeller = Labeller(tmp_path / "run", precision="fp32")
+
+    parts, fgrank = labeller(np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3)).astype(np.uint8))
+
+    assert labeller.groups == 4
+    assert parts.shape == (5, 4, 4)
+    assert ((parts == 3) == (fgrank >= round(0.35 * 16))).all()
+    assert np.array_equal(np.sort(fgrank.reshape(5, -1)), np.tile(np.arange(16), (5, 1)))
+
+
+def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
+    learn(config(photos, tmp_path / "run", **LITERAL))
+    labeller = Labeller(tmp_path / "run")
+
+    parts, _ = labeller(np.zeros((2, 64, 64, 3), np.uint8))
+
+    assert labeller.groups == 3
+    assert parts.max() < 3
+
+
+def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="lower --views"):
+        learn(config(photos, tmp_path / "run", views=10**9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"parts": 1}, "parts must be at least 2"),
+        ({"foreground_share": 0.0}, "foreground_share must lie in"),
+        ({"init": "heads"}, "belong together"),
+        ({"foreground": "maps"}, "add --where everywhere"),
+        ({"target": "pixels", "decoder_size": 9}, "decoder_size must be grid 4 times"),
+        ({"encoder_block": 12}, "encoder_block must lie between 0 and 11"),
+    ],
+)
+def test_a_setting_out_of_range_is_a_sentence(changes, sentence, photos, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        learn(config(photos, tmp_path / "run", **changes))
+
+
+def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
+    learn(dataclasses.replace(config(photos, tmp_path / "run")))
+
+    with pytest.raises(ValueError, match="were learned on 4"):
+        Labeller(tmp_path / "run", grid=8)

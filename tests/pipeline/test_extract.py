@@ -1,0 +1,129 @@
+"""Extraction in processes that are killed, and on folders as people have them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import photographs, small_parts, tars
+from PIL import Image
+
+from partlearn.config import ExtractConfig
+from pipeline.extract import extract
+from shards.dataset import ShardSet
+from shards.verify import verify
+from training.checkpoint import CheckpointError
+from training.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    return small_parts(tmp_path_factory.mktemp("parts") / "run")
+
+
+def config(images: Path, parts: Path, out: Path, **changes) -> ExtractConfig:
+    settings = {"size": 32, "samples_per_shard": 4, "batch_size": 4, "backend": "local"} | changes
+    return ExtractConfig(
+        images=str(images), parts=parts, run=RunConfig(out=out, device="cpu", precision="fp32"), **settings
+    )
+
+
+def command(images: Path, parts: Path, out: Path, backend: str) -> list[str]:
+    options = f"--size 32 --samples-per-shard 4 --batch-size 4 --backend {backend} --device cpu --precision fp32"
+    call = [sys.executable, "-m", "pipeline", "extract", "--images", images, "--parts", parts, "--out", out]
+    return [*map(str, call), *options.split()]
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(parts, tmp_path):
+    photos = photographs(tmp_path / "photos", 40)
+    subprocess.run(command(photos, parts, tmp_path / "straight", "local"), env=environment(), check=True, timeout=200)
+    out, kills = tmp_path / "killed", 0
+
+    for shards_seen in (1, 4):
+        process = subprocess.Popen(command(photos, parts, out, "local"), env=environment())
+        while process.poll() is None and len(list((out / "shards").glob("*.json"))) < shards_seen:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not (out / "dataset.json").exists() or not kills
+    done = [path.with_suffix(".tar") for path in (out / "shards").glob("*.json")]
+    kept = {path: path.stat().st_mtime_ns for path in done}
+    subprocess.run(command(photos, parts, out, "local"), env=environment(), check=True, timeout=200)
+
+    assert kills
+    assert tars(out) == tars(tmp_path / "straight")
+    assert verify(out, "deep") == []
+    assert kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_the_unreadable_are_listed_and_the_rest_is_processed(parts, tmp_path):
+    photos = photographs(tmp_path / "photos", 5)
+    picture = Image.open(photos / "000.jpg")
+    picture.convert("CMYK").save(photos / "cmyk.jpg")
+    picture.convert("L").save(photos / "grey.jpg")
+    picture.save(photos / "png_named.jpg", "PNG")
+    Image.fromarray(np.full((40, 48), 30_000, np.uint16)).save(photos / "deep.png")
+    (photos / "truncated.jpg").write_bytes((photos / "001.jpg").read_bytes()[:300])
+    (photos / "text.jpg").write_text("no picture at all")
+    (photos / "notes.txt").write_text("not even named like one")
+
+    info = extract(config(photos, parts, tmp_path / "out"))
+
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert {row["source"] for row in rejected} == {"truncated.jpg", "text.jpg"}
+    assert all(row["stage"] == "decode" and row["reason"] for row in rejected)
+    assert (info["samples"], info["rejected"], info["inputs"]["count"]) == (9, 2, 11)
+    with ShardSet.open(tmp_path / "out") as shards:
+        assert {"cmyk.jpg", "grey.jpg", "png_named.jpg", "deep.png"} <= set(shards.sources)
+    assert verify(tmp_path / "out", "deep") == []
+
+
+def test_other_settings_in_the_same_folder_are_refused(parts, tmp_path):
+    photos = photographs(tmp_path / "photos", 3)
+    extract(config(photos, parts, tmp_path / "out"))
+
+    with pytest.raises(ValueError, match="quality was 90, now 80"):
+        extract(config(photos, parts, tmp_path / "out", quality=80))
+
+
+def test_a_finished_set_is_left_untouched(parts, tmp_path):
+    photos = photographs(tmp_path / "photos", 6)
+    extract(config(photos, parts, tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
+
+    extract(config(photos, parts, tmp_path / "out"))
+
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_disk_without_room_is_one_sentence_and_a_rerun_goes_on(parts, tmp_path):
+    """A limit on the size of files stands in for a full disk: the same write fails with an OSError."""
+    photos, out = photographs(tmp_path / "photos", 12), tmp_path / "out"
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", *command(photos, parts, out, "local")]
+
+    failed = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=200)
+
+    assert failed.returncode == 1
+    assert "File too large" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list((out / "shards").iterdir()) == []
+    assert extract(config(photos, parts, out))["samples"] == 12
+
+
+def test_an_encoder_the_parts_were_not_learned_on_is_refused(parts, tmp_path):
+    photos = photographs(tmp_path / "photos", 3)
+
+    with pytest.raises(CheckpointError, match="not those that"):
+        extract(config(photos, parts, tmp_path / "out", encoder="random:vit_small_patch16_224"))
