@@ -21,7 +21,7 @@ from partlearn.student_teacher import Losses, StudentTeacher
 from partlearn.views import PictureBatches, crop, jitter_colour, random_boxes
 from shards.pictures import list_pictures
 from training import checkpoint
-from training.device import autocast, pick_device
+from training.device import autocast, pick_device, plain_attention_on_cpu
 from training.metrics import Metrics
 from training.progress import Progress
 from training.run import RunFolder
@@ -61,6 +61,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
                 "lower --batch-size or raise --epochs"
             )
         pair = new_pair(config).to(device)
+        plain_attention_on_cpu(pair, device)
         optimizer = new_optimizer(pair, config)
         step = _resume(run, pair, optimizer, config)
         last = min(total, total if stop_after_steps is None else stop_after_steps)

@@ -312,7 +312,7 @@ def _painted(
     numbers = np.where((numbers == 0) & zone, len(pieces) + 1, numbers)
     colour = dark[numbers] + (bright - dark)[numbers] * mix[:, None]
     image = Image.fromarray(np.clip(colour * shade[:, None], 0, 255).astype(np.uint8).reshape(side, side, 3))
-    for piece, number in zip(pieces, range(1, 99), strict=False):
+    for piece in pieces:
         if piece.kind == HEAD:
             _draw_eyes(image, piece)
     return np.asarray(image.reduce(2))

@@ -156,8 +156,8 @@ def _draw(pictures: Path, seed: int) -> None:
 
 
 def _epochs(count: int) -> int:
-    """Passes that take the pretrainings of the demo about as long on any set: 40,000 pictures, at least one pass."""
-    return max(1, round(40_000 / count))
+    """Passes that take the pretrainings of the demo about as long on any set: 28,000 pictures, at least one pass."""
+    return max(1, round(28_000 / count))
 
 
 def _step(name: str, what: str, work: Callable[[], Any]) -> None:

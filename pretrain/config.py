@@ -60,11 +60,15 @@ class PretrainConfig:
             raise ValueError(f"keep_share must lie in (0, 1], got {self.keep_share}")
         if self.gamma <= 0:
             raise ValueError(f"gamma must be above 0, got {self.gamma}")
-        if self.epochs < 0 or self.batch_size < 1 or self.patch < 1 or self.warmup_epochs < 0:
-            raise ValueError(
-                "epochs and warmup_epochs must not be negative, batch_size and patch at least 1, got "
-                f"{self.epochs}, {self.warmup_epochs}, {self.batch_size} and {self.patch}"
-            )
+        for name in ("epochs", "warmup_epochs", "base_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for name in (
+            *("patch", "batch_size", "embed_dim", "depth", "heads"),
+            *("decoder_dim", "decoder_depth", "decoder_heads"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for dim, heads in (("embed_dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self, dim) % 4 or getattr(self, dim) % getattr(self, heads):
                 raise ValueError(

@@ -28,9 +28,13 @@ def pool_rank(fgrank: Int64[Tensor, "batch rows cols"], side: int) -> Float[Tens
 
 def best_patches(fgrank: Int64[Tensor, "batch rows cols"], side: int, share: float) -> Int64[Tensor, "batch kept"]:
     """Indices of the `share` of patches best in foreground, ascending; ties to the lower index."""
-    count = max(1, round(share * side * side))
     rank = pool_rank(fgrank, side)
-    return rank.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    return rank.argsort(dim=1, stable=True)[:, : kept_count(side, share)].sort(dim=1).values
+
+
+def kept_count(side: int, share: float) -> int:
+    """How many of side x side patches take part; 196 of 784 at a quarter."""
+    return max(1, round(share * side * side))
 
 
 def split(

@@ -10,12 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
-from pretrain.masking import alpha_at, purity
+from pretrain.masking import alpha_at, hidden_count, purity
 from pretrain.masks import Masked, mask_batch
+from pretrain.patches import kept_count
 from shards.dataset import ShardSet
 from shards.stream import Stream
 from training import checkpoint, distributed
-from training.device import autocast, pick_device
+from training.device import autocast, pick_device, plain_attention_on_cpu
 from training.metrics import Metrics
 from training.progress import Progress
 from training.run import RunFolder
@@ -34,7 +35,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
     Raises:
         ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
         ShardError: The shard set is unfinished or damaged.
-        FloatingPointError: The loss is no longer finite.
+        FloatingPointError: The loss or a weight is no longer finite; the checkpoints before it are left whole.
     """
     joined = distributed.start(config.run.device)
     try:
@@ -69,6 +70,7 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
     _refuse_what_does_not_fit(config, shards)
     device = pick_device(config.run.device)
     model = build(config, shards.size).to(device)
+    plain_attention_on_cpu(model, device)
     optimiser = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
     total = math.ceil(config.epochs * len(shards) / config.batch_size)
     step = _resume(run, model, optimiser)
@@ -113,7 +115,9 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
                     )
                 figures["purity"] = purity(masked.mask, masked.labels, shards.groups).item()
                 speed = (step - first + 1) * config.batch_size / (time.monotonic() - began)
-                metrics.log(step, **figures, images_per_second=speed)
+                gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients).item()
+                metrics.log(step, **figures, grad_norm=norm, images_per_second=speed)
             step += 1
             progress.advance(**figures)
             if clock.due() and step < end:
@@ -167,6 +171,13 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             f"{side}x{side} patches do not divide the {shards.grid}x{shards.grid} label grid of {config.data}; "
             "choose another --patch, or extract with another --grid"
         )
+    kept = kept_count(side, config.keep_share)
+    hidden = hidden_count(kept, config.mask_ratio)
+    if not 0 < hidden < kept:
+        raise ValueError(
+            f"--mask-ratio {config.mask_ratio} hides {hidden} of the {kept} patches kept of a picture, expected at "
+            "least one hidden and one visible; change it, or choose a smaller --patch or a larger --keep-share"
+        )
     if config.batch_size % distributed.world_size():
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks")
 
@@ -189,6 +200,15 @@ def _save(
     config: PretrainConfig,
     shards: ShardSet,
 ) -> None:
+    """Write a checkpoint, on the main rank; refused on every rank when a weight is not finite.
+
+    A loss can still be finite on the step that spoils the weights, and the newest checkpoint is where a run resumes.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise FloatingPointError(
+            f"weights are no longer finite after step {step - 1}; resume from the last checkpoint with "
+            "--precision fp32, or start again with a lower --base-lr"
+        )
     if not distributed.is_main():
         return
     vit = {
@@ -201,11 +221,21 @@ def _save(
         "std": list(STD),
         "source": "pretrain",
     }
+    mae = {
+        "decoder_dim": config.decoder_dim,
+        "decoder_depth": config.decoder_depth,
+        "decoder_heads": config.decoder_heads,
+        "norm_pix_loss": config.norm_pix_loss,
+        "masking": config.masking,
+        "mask_ratio": config.mask_ratio,
+        "keep_share": config.keep_share,
+        "gamma": config.gamma,
+    }
     checkpoint.save(
         run.path,
         step,
         model.state_dict(),
-        metadata={"vit": vit, "data_fingerprint": shards.fingerprint},
+        metadata={"vit": vit, "mae": mae, "data_fingerprint": shards.fingerprint},
         state={"optimiser": optimiser.state_dict()},
     )
 

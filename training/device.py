@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,3 +31,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def plain_attention_on_cpu(model: nn.Module, device: torch.device) -> None:
+    """On a CPU, let timm's blocks multiply attention out: the backward pass of PyTorch's fused attention takes four
+    times as long there at our sizes (2.13, bf16, 37 and 145 tokens: 1.33 s against 0.35 s for a step of 64)."""
+    if device.type == "cpu":
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                setattr(module, "fused_attn", False)  # noqa: B010 (no attribute of nn.Module)

@@ -75,6 +75,42 @@ def test_hidden_pixels_do_not_reach_the_prediction(model):
     assert torch.equal(model.predict(patches, visible, hidden), model.predict(changed, visible, hidden))
 
 
+def test_the_decoder_sees_each_token_at_its_own_place_as_in_mae(model):
+    """MAE lays all tokens out on the grid, mask tokens in the gaps, and adds the whole position table."""
+    images, ids = torch.randn(2, 3, 32, 32), torch.stack([torch.randperm(16), torch.randperm(16)])
+    visible, hidden = ids[:, :4], ids[:, 4:]
+    patches = patchify(images, 8)
+
+    predicted = model.predict(patches, visible, hidden)
+
+    for b in range(2):
+        chosen = patches[b : b + 1, visible[b]]
+        latent = model.decoder_embed(model.encode(chosen, visible[b : b + 1]))[0]
+        grid = model.mask_token[0].repeat(16, 1)
+        for place, patch in enumerate(visible[b].tolist()):
+            grid[patch] = latent[1 + place]
+        x = torch.cat([latent[:1], grid])[None] + model.decoder_positions
+        for block in model.decoder_blocks:
+            x = block(x)
+        whole = model.decoder_pixels(model.decoder_norm(x))[0, 1:]
+        assert torch.allclose(predicted[b], whole[hidden[b]], atol=1e-5)
+
+
+def test_a_kept_quarter_is_a_full_grid_with_the_other_patches_barred(model):
+    """Attention over the full grid, in which nobody may look at a dropped patch, gives the kept ones the same."""
+    images, kept = torch.randn(1, 3, 32, 32), torch.tensor([[1, 6, 7, 12]])
+    tokens = torch.cat([torch.tensor([0]), 1 + kept[0]])
+    barred = torch.full((1, 1, 17, 17), -torch.inf)
+    barred[..., tokens] = 0
+
+    encoded = model.encode(patchify(images, 8)[:, kept[0]], kept)
+
+    x = model.encoder._pos_embed(model.encoder.patch_embed(images))
+    for block in model.encoder.blocks:
+        x = block(x, attn_mask=barred)
+    assert torch.allclose(encoded, model.encoder.norm(x)[:, tokens], atol=1e-5)
+
+
 def test_the_loss_is_its_definition_a_patch_at_a_time(model):
     images, visible, hidden = (
         torch.randn(2, 3, 32, 32),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.algorithm1 import counts
+from reference.algorithm1 import counts, mask_of
 
 from pretrain.masking import (
     alpha_at,
@@ -86,6 +86,18 @@ def test_every_picture_hides_the_same_count_and_no_part_overdraws(sizes, ratio, 
     )
 
     assert (mask.sum(dim=1) == hidden_count(sum(sizes), ratio)).all()
+
+
+@given(sizes=awkward_sizes, ratio=st.sampled_from([0.25, 0.75, 0.9]), eighths=st.integers(0, 8), data=st.data())
+def test_the_mask_is_the_loops_patch_by_patch(sizes, ratio, eighths, data):
+    labels = labels_of(sizes, data.draw(st.integers(0, 99)))
+    order = data.draw(st.permutations(range(len(sizes))))
+    noise = torch.tensor([data.draw(st.permutations(range(sum(sizes))))]) / 512
+
+    mask = semantic_masking(labels, noise, noise_of(order), mask_ratio=ratio, alpha=eighths / 8)
+
+    hidden = counts(sizes, list(order), hidden_count(sum(sizes), ratio), Fraction(eighths, 8))
+    assert mask[0].tolist() == mask_of(labels[0].tolist(), noise[0].tolist(), hidden)
 
 
 def test_more_groups_than_patches_is_fine():

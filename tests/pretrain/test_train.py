@@ -101,6 +101,34 @@ def test_semantic_masking_without_labels_is_refused(make_shards, tmp_path):
         pretrain(config(data, tmp_path / "run"))
 
 
+def test_a_mask_that_leaves_nothing_visible_is_refused(make_shards, tmp_path):
+    with pytest.raises(ValueError, match="hides 16 of the 16 patches"):
+        pretrain(config(make_shards().path, tmp_path / "run", mask_ratio=0.97))
+
+
+def test_spoilt_weights_stop_the_run_and_leave_the_last_good_checkpoint(make_shards, tmp_path):
+    spoilt = config(make_shards().path, tmp_path / "run", base_lr=1e30)
+    pretrain(spoilt, stop_after_steps=1)
+
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        pretrain(spoilt, stop_after_steps=3)
+
+    assert checkpoint.newest(tmp_path / "run") == tmp_path / "run/checkpoints/step-00000001"
+    assert all(weight.isfinite().all() for weight in weights(tmp_path / "run").values())
+
+
+def test_a_checkpoint_says_how_to_rebuild_both_halves(make_shards, tmp_path):
+    pretrain(config(make_shards().path, tmp_path / "run"), stop_after_steps=1)
+
+    _, metadata = checkpoint.load_tensors(checkpoint.find(tmp_path / "run"))
+
+    assert {name: metadata["vit"][name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")} == {
+        "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2
+    }  # fmt: skip
+    assert (metadata["mae"]["decoder_dim"], metadata["mae"]["decoder_heads"]) == (16, 2)
+    assert {"loss", "lr", "alpha", "purity", "grad_norm"} <= read_metrics(tmp_path / "run")[0].keys()
+
+
 def test_an_unfinished_shard_set_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
 
@@ -110,7 +138,10 @@ def test_an_unfinished_shard_set_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mask_ratio", 1.0), ("mask_ratio", 0.0), ("keep_share", 0.0), ("gamma", -1.0), ("embed_dim", 30)],
+    [
+        *[("mask_ratio", 1.0), ("mask_ratio", 0.0), ("keep_share", 0.0), ("gamma", -1.0), ("embed_dim", 30)],
+        *[("heads", 0), ("depth", 0), ("decoder_depth", -1), ("base_lr", -1.0), ("weight_decay", float("nan"))],
+    ],
 )
 def test_a_setting_out_of_range_is_a_sentence(field, value, tmp_path):
     with pytest.raises(ValueError, match=field):

@@ -17,3 +17,13 @@ def counts(sizes: list[int], order: list[int], hidden: int, alpha: Fraction) -> 
     for part in by_remainder[: hidden - sum(found)]:
         found[part] += 1
     return found
+
+
+def mask_of(labels: list[int], noise: list[float], hidden: list[int]) -> list[bool]:
+    """Line 9: inside each part, as many patches as it was told, at random; here those of least noise."""
+    mask = [False] * len(labels)
+    for part, count in enumerate(hidden):
+        members = [patch for patch, label in enumerate(labels) if label == part]
+        for patch in sorted(members, key=lambda patch: noise[patch])[:count]:
+            mask[patch] = True
+    return mask
