@@ -26,6 +26,12 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Delete what killed writers left aside in `folder`; only for whoever is its one writer."""
+    for torn in folder.glob(".*." + "[0-9a-f]" * 32):
+        torn.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.atomic import read_json, sha256_file, sha256_json, write_json, write_whole
+from shards.atomic import read_json, sha256_file, sha256_json, sweep, write_json, write_whole
 from shards.errors import ShardError
 from shards.sample import Sample, from_npy
 from shards.writer import shard_paths
@@ -40,7 +40,7 @@ def open_plan(folder: Path, plan: dict[str, Any]) -> str:
                 f"{folder} was started with other settings ({'; '.join(differing)}); "
                 "choose another --out or the old settings"
             )
-    elif any(entry.name != ".lock" for entry in folder.iterdir()):
+    elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a shard set (no plan.json); choose another --out")
     else:
         write_json(path, plan)
@@ -60,20 +60,25 @@ def shard_done(folder: Path, number: int, plan_digest: str) -> bool:
 def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str, Any]) -> dict[str, Any]:
     """Merge the shards' indexes and rejects, and write dataset.json; a set that is whole already stays untouched.
 
+    Only the one builder of a folder may call this: it sweeps away what killed writers left.
+
     Raises:
         ShardError: A shard is missing, or inputs are neither in the index nor among the rejects.
     """
-    if (folder / "dataset.json").is_file():
-        return read_json(folder / "dataset.json")
     missing = [number for number in range(shard_count) if not shard_done(folder, number, plan_digest)]
     if missing:
         raise ShardError(
             f"{folder} lacks {len(missing)} of {shard_count} shards, the first {missing[0]:06d}; run extract again"
         )
+    sidecars = [read_json(shard_paths(folder, number)[2]) for number in range(shard_count)]
+    whole = _still_whole(folder, sidecars)
+    if whole:
+        return whole
+    for written in (folder, folder / "shards"):
+        sweep(written)
     shards, tables, rejected, first = [], [], [], 0
-    for number in range(shard_count):
-        tar, index, sidecar = shard_paths(folder, number)
-        told = read_json(sidecar)
+    for number, told in enumerate(sidecars):
+        tar, index, _ = shard_paths(folder, number)
         table = pq.read_table(index)
         count = table.num_rows
         table = table.append_column("index", pa.array(np.arange(first, first + count), pa.uint32()))
@@ -106,6 +111,16 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
     return whole
 
 
+def _still_whole(folder: Path, sidecars: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """dataset.json, when it is there and is of these very shards and of the index beside it."""
+    if not all((folder / name).is_file() for name in ("dataset.json", "index.parquet", "rejected.parquet")):
+        return None
+    whole = read_json(folder / "dataset.json")
+    named = [shard["sha256"] for shard in whole["shards"]]
+    same = named == [told["tar"]["sha256"] for told in sidecars]
+    return whole if same and sha256_file(folder / "index.parquet") == whole["index_sha256"] else None
+
+
 def fingerprint(info: dict[str, Any]) -> str:
     """SHA-256 of what the set is, without where, when and by whom it was made."""
     names = ("format", "version", "samples", "grid", "size", "groups", "classes", "shards", "index_sha256")
@@ -126,8 +141,8 @@ class ShardSet:
         self.grid, self.size, self.groups = int(info["grid"]), int(info["size"]), int(info["groups"])
         self.classes: tuple[str, ...] = tuple(info["classes"])
         self.fingerprint: str = info["fingerprint"]
-        numbers = [name for name in table.column_names if name not in ("key", "source")]
-        self._columns = {name: table[name].to_numpy() for name in numbers}
+        whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+        self._columns = {name: table[name].to_numpy() for name in whole}
         self.class_ids = self._columns["class_id"].astype(np.int64)
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -145,7 +160,10 @@ class ShardSet:
             raise FileNotFoundError(f"no shard set at {path}: expected a folder with dataset.json")
         if not (folder / "dataset.json").is_file():
             raise ShardError(f"{path} has no dataset.json: the set is not finished; run the same extract command again")
-        info = read_json(folder / "dataset.json")
+        try:
+            info = read_json(folder / "dataset.json")
+        except ValueError as error:
+            raise ShardError(str(error)) from None
         if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
             raise ShardError(
                 f"{path} is {info.get('format')} version {info.get('version')}, expected {FORMAT} version {VERSION}; "
@@ -154,7 +172,7 @@ class ShardSet:
         if not (folder / "index.parquet").is_file() or sha256_file(folder / "index.parquet") != info["index_sha256"]:
             raise ShardError(
                 f"{folder / 'index.parquet'} is missing or not the one dataset.json names; "
-                "delete dataset.json and extract again"
+                "run the same extract command again"
             )
         return cls(folder, info, pq.read_table(folder / "index.parquet"))
 
@@ -169,9 +187,18 @@ class ShardSet:
     def sources(self) -> list[str]:
         return self._table["source"].to_pylist()
 
+    def row(self, index: int) -> dict[str, int]:
+        """What the index says of sample `index`: class, shard, offsets, checksums."""
+        return {name: int(column[index]) for name, column in self._columns.items()}
+
     def offset(self, index: int) -> int:
         """Byte in its tar where the picture of sample `index` begins."""
         return int(self._columns["jpg_offset"][index])
+
+    def where(self, index: int) -> str:
+        """Sample `index` in words: key, shard, byte."""
+        tar = shard_paths(self.path, int(self._columns["shard"][index]))[0]
+        return f"{self._table['key'][index]} of {tar} at byte {self.offset(index)}"
 
     def read(self, index: int) -> Sample:
         """Sample `index`, with one read.
@@ -179,7 +206,7 @@ class ShardSet:
         Raises:
             ShardError: The bytes are not those that were written; names shard, key and offset.
         """
-        at = {name: int(column[index]) for name, column in self._columns.items() if column.dtype.kind in "iu"}
+        at = self.row(index)
         begin = at["jpg_offset"]
         span = os.pread(self._file(at["shard"]), at["span_end"] - begin, begin)
         members = {
@@ -193,7 +220,7 @@ class ShardSet:
             if zlib.crc32(data[member]) != at[f"crc32_{member}"]:
                 raise ShardError(
                     f"{at['shard']:06d}.tar: {member} of {key} at byte {first} is damaged (checksum differs); delete "
-                    f"dataset.json and {at['shard']:06d}.json of {self.path} and run the same extract command again"
+                    f"{at['shard']:06d}.json in {self.path / 'shards'} and run the same extract command again"
                 )
         return Sample(
             index,
@@ -212,9 +239,7 @@ class ShardSet:
                 try:
                     self._files[shard] = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
-                    raise ShardError(
-                        f"{path} is missing; delete dataset.json and run the same extract command again"
-                    ) from None
+                    raise ShardError(f"{path} is missing; run the same extract command again") from None
             return self._files[shard]
 
     def close(self) -> None:

@@ -19,6 +19,32 @@ def permutation(count: int, *, seed: int, epoch: int) -> Int64[np.ndarray, " cou
     return np.argsort(splitmix64(_key(seed, epoch, ORDER) + counters * GOLDEN), kind="stable")
 
 
+class Epochs:
+    """The endless concatenation of epochs over `count` samples: which sample lies at a position."""
+
+    def __init__(self, count: int, *, seed: int):
+        self.count, self.seed = count, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def at(
+        self, positions: Int64[np.ndarray, " batch"]
+    ) -> tuple[Int64[np.ndarray, " batch"], Int64[np.ndarray, " batch"]]:
+        """Index and epoch of the samples at `positions`."""
+        epochs, places = np.divmod(positions, self.count)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._order(int(epoch))[places[here]]
+        return indices, epochs
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """A batch may straddle two epochs, so two orders are kept."""
+        if epoch not in self._orders:
+            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
+            self._orders[epoch] = permutation(self.count, seed=self.seed, epoch=epoch)
+        return self._orders[epoch]
+
+
 def uniform(
     seed: int,
     epochs: Int64[np.ndarray, " batch"],

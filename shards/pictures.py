@@ -4,11 +4,13 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -63,7 +65,7 @@ def list_pictures(source: str | Path) -> PictureList:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no pictures at {source}: expected a folder, a text file of paths or a .tar")
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else []
+    tars = [tar for tar in sorted(path.glob("*.tar")) if not tar.name.startswith(".")] if path.is_dir() else []
     if path.suffix == ".tar" or tars:
         found = [row for tar in (tars or [path]) for row in _in_tar(tar)]
     elif path.is_dir():
@@ -100,12 +102,9 @@ def decode_rgb(data: bytes) -> Image.Image:
         PictureError: The bytes are no whole picture.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _as_rgb(ImageOps.exif_transpose(image))
+        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -120,9 +119,36 @@ def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box), box
 
 
+_decoding, _decoding_lock, _filters = 0, threading.Lock(), warnings.catch_warnings()
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow's warnings are silent, but for a decompression bomb, which is an error.
+
+    Filters belong to the process: were each thread to put back the ones it found, the last would put back another
+    thread's. So the first one in sets them, and the last one out restores them.
+    """
+    global _decoding, _filters
+    with _decoding_lock:
+        if not _decoding:
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        _decoding += 1
+    try:
+        yield
+    finally:
+        with _decoding_lock:
+            _decoding -= 1
+            if not _decoding:
+                _filters.__exit__(None, None, None)
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -136,9 +162,13 @@ def _in_folder(folder: Path) -> Iterator[tuple[Picture, str]]:
         folder = folder / "images"
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+        if _is_picture(relative) and path.is_file():
             yield Picture(relative.as_posix(), path), relative.parts[0] if len(relative.parts) > 1 else ""
+
+
+def _is_picture(name: PurePath) -> bool:
+    """By its suffix alone; what is none is rejected when it is decoded."""
+    return name.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts)
 
 
 def _in_text(path: Path) -> Iterator[tuple[Picture, str]]:
@@ -156,12 +186,15 @@ def _in_text(path: Path) -> Iterator[tuple[Picture, str]]:
 
 
 def _in_tar(path: Path) -> Iterator[tuple[Picture, str]]:
-    with tarfile.open(path, "r:") as tar:
-        members = [member for member in tar if member.isfile()]
-        labels = {_key(m.name): _text(tar, m) for m in members if m.name.endswith(".cls")}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar if member.isfile()]
+            labels = {_key(m.name): _text(tar, m) for m in members if m.name.endswith(".cls")}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no whole, uncompressed tar ({error}); fetch it again or unpack it") from None
     for member in members:
         name = PurePosixPath(member.name)
-        if name.suffix.lower() in SUFFIXES:
+        if _is_picture(name):
             label = labels.get(_key(member.name)) or (name.parts[0] if len(name.parts) > 1 else "")
             yield Picture(f"{path.name}/{member.name}", path, -1, member.offset_data, member.size), label
 

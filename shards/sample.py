@@ -79,6 +79,11 @@ def from_npy(data: bytes, dtype: str, grid: int) -> np.ndarray:
 
 def check_labels(parts: np.ndarray, fgrank: np.ndarray, *, groups: int, name: str) -> None:
     """Labels lie below `groups`, ranks are a permutation; ShardError naming `name` otherwise."""
+    if (parts.dtype, fgrank.dtype) != (np.uint8, np.uint16) or parts.shape != fgrank.shape:
+        raise ShardError(
+            f"{name} has {parts.dtype} labels {parts.shape} and {fgrank.dtype} ranks {fgrank.shape}, "
+            "expected uint8 and uint16 of one shape"
+        )
     if parts.max() >= groups:
         raise ShardError(f"{name} has the part label {parts.max()}, expected labels below {groups}")
     if not np.array_equal(np.sort(fgrank, axis=None), np.arange(fgrank.size)):

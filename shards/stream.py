@@ -7,9 +7,10 @@ state is p, and nothing else.
 
 import io
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt16
@@ -17,12 +18,15 @@ from PIL import Image
 
 from shards.dataset import ShardSet
 from shards.errors import ShardError
-from shards.order import permutation
+from shards.order import Epochs
 
 try:
     import simplejpeg
 except ImportError:  # a machine with its own stack: Pillow decodes to the same bits, at two thirds of the speed
     simplejpeg = None
+
+Place = tuple[np.ndarray, np.ndarray, int]
+"""Indices, epochs and position of a batch to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,50 +66,29 @@ class Stream:
         threads: int = 2,
         prefetch: int = 2,
     ):
-        if batch_size % world_size:
+        if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple")
-        self.shards, self.batch_size, self.seed, self.position = shards, batch_size, seed, position
+        self.shards, self.batch_size, self.position = shards, batch_size, position
         self.local = batch_size // world_size
         self.first = rank * self.local
         self.threads, self.prefetch = threads, prefetch
-        self._orders: dict[int, np.ndarray] = {}
+        self._epochs = Epochs(len(shards), seed=seed)
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        position = self.position
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="stream") as pool:
-            ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
-            try:
-                while True:
-                    while len(ahead) <= self.prefetch:
-                        ahead.append(_submit(pool, self.shards, *self._place(position), position, self.threads))
-                        position += self.batch_size
-                    yield _ready(*ahead.popleft())
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return _decoded(self.shards, self._places(), threads=self.threads, prefetch=self.prefetch)
 
-    def _place(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and epochs of this rank's samples at a position."""
-        places = np.arange(position + self.first, position + self.first + self.local)
-        epochs, offsets = np.divmod(places, len(self.shards))
-        indices = np.empty(self.local, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = self._order(int(epoch))[offsets[here]]
-        return indices, epochs
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = permutation(len(self.shards), seed=self.seed, epoch=epoch)
-        return self._orders[epoch]
+    def _places(self) -> Iterator[Place]:
+        """This rank's block of every global batch."""
+        for position in count(self.position, self.batch_size):
+            block = np.arange(position + self.first, position + self.first + self.local)
+            yield *self._epochs.at(block), position
 
 
-def in_order(shards: ShardSet, *, batch_size: int, threads: int = 2) -> Iterator[Batch]:
+def in_order(shards: ShardSet, *, batch_size: int, threads: int = 2) -> Generator[Batch, None, None]:
     """Every sample once, by index; the last batch may be short."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
-        for start in range(0, len(shards), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(shards)))
-            yield _ready(*_submit(pool, shards, indices, np.zeros_like(indices), start, threads))
+    blocks = (np.arange(start, min(start + batch_size, len(shards))) for start in range(0, len(shards), batch_size))
+    places = ((block, np.zeros_like(block), int(block[0])) for block in blocks)
+    return _decoded(shards, places, threads=threads, prefetch=1)
 
 
 def decode_jpeg_into(jpeg: bytes, row: UInt8[np.ndarray, "height width 3"]) -> None:
@@ -124,37 +107,47 @@ def decode_jpeg_into(jpeg: bytes, row: UInt8[np.ndarray, "height width 3"]) -> N
     row[:] = pixels
 
 
-def _submit(
-    pool: ThreadPoolExecutor,
-    shards: ShardSet,
-    indices: np.ndarray,
-    epochs: np.ndarray,
-    position: int,
-    threads: int,
-) -> tuple[Batch, list[Future[None]]]:
+def _decoded(shards: ShardSet, places: Iterable[Place], *, threads: int, prefetch: int) -> Generator[Batch, None, None]:
+    """The batches at `places`; `prefetch` further ones are decoded meanwhile."""
+    ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
+        try:
+            for place in places:
+                ahead.append(_submit(pool, shards, place, threads))
+                if len(ahead) > prefetch:
+                    yield _ready(*ahead.popleft())
+            while ahead:
+                yield _ready(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ThreadPoolExecutor, shards: ShardSet, place: Place, threads: int) -> tuple[Batch, list[Future[None]]]:
     """An empty batch, and the tasks that fill it: a slice of its rows for each thread."""
-    count, grid = len(indices), shards.grid
+    indices, epochs, position = place
+    rows, grid = len(indices), shards.grid
     batch = Batch(
-        images=np.empty((count, shards.size, shards.size, 3), np.uint8),
-        parts=np.empty((count, grid, grid), np.uint8),
-        fgrank=np.empty((count, grid, grid), np.uint16),
+        images=np.empty((rows, shards.size, shards.size, 3), np.uint8),
+        parts=np.empty((rows, grid, grid), np.uint8),
+        fgrank=np.empty((rows, grid, grid), np.uint16),
         class_ids=shards.class_ids[indices],
         indices=indices,
         epochs=epochs,
         position=position,
     )
-    slices = [range(first, count, threads) for first in range(min(threads, count))]
-    return batch, [pool.submit(_fill, batch, rows, shards) for rows in slices]
+    slices = [range(first, rows, threads) for first in range(min(threads, rows))]
+    return batch, [pool.submit(_fill, batch, slice_, shards) for slice_ in slices]
 
 
 def _fill(batch: Batch, rows: range, shards: ShardSet) -> None:
     for row in rows:
-        sample = shards.read(int(batch.indices[row]))
-        batch.parts[row], batch.fgrank[row] = sample.parts, sample.fgrank
+        index = int(batch.indices[row])
         try:
+            sample = shards.read(index)
             decode_jpeg_into(sample.jpeg, batch.images[row])
         except (ValueError, OSError) as error:
-            raise ShardError(f"the picture {sample.key} of {shards.path} cannot be decoded: {error}") from error
+            raise ShardError(f"{shards.where(index)} cannot be read: {error}") from error
+        batch.parts[row], batch.fgrank[row] = sample.parts, sample.fgrank
 
 
 def _ready(batch: Batch, tasks: list[Future[None]]) -> Batch:

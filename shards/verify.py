@@ -2,18 +2,22 @@
 
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file
 from shards.dataset import ShardSet, fingerprint
 from shards.errors import ShardError
-from shards.sample import check_labels
+from shards.sample import HEADER, check_labels
 from shards.stream import decode_jpeg_into
-from shards.writer import shard_paths
+from shards.writer import BLOCK, shard_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,44 +25,83 @@ class Fault:
     """One thing that is not as it was written."""
 
     shard: str
+    """The file: a shard's, or one of the set's."""
     key: str
+    """The sample; empty where none is to blame."""
     offset: int
-    """Byte in the tar; -1 where no byte is to blame."""
+    """Byte in the file; -1 where no byte is to blame."""
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of a tar: its name, where its bytes lie, and those of a class."""
+
+    name: str
+    offset: int
+    size: int
+    text: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.size} bytes at {self.offset}{f': {self.text!r}' if self.text else ''})"
+
+
 def verify(path: str | Path, level: Literal["fast", "hash", "deep"] = "fast") -> list[Fault]:
-    """Every fault of the set in `path`, in shard order.
+    """Every fault of the set in `path`, in shard order; each level does what those before it do.
 
     Raises:
         FileNotFoundError, ShardError: There is no whole set to look at (see `ShardSet.open`).
     """
     with ShardSet.open(path) as shards:
-        faults = [] if fingerprint(shards.info) == shards.fingerprint else [
-            Fault("dataset.json", "", -1, "the fingerprint does not fit its contents")
-        ]  # fmt: skip
+        faults = list(_whole(shards))
         for number in range(len(shards.info["shards"])):
-            found = list(_sizes(shards, number))
-            if not found and level != "fast":
-                found += _digests(shards, number)
-            if level == "deep" and not any(fault.what == "is missing" for fault in found):
-                found += _members(shards, number)
-            faults += found
+            sizes = list(_sizes(shards, number))
+            faults += sizes
+            if not sizes and level != "fast":
+                faults += _digests(shards, number)
+            if level == "deep" and shard_paths(shards.path, number)[0].is_file():
+                faults += _members(shards, number)
+                faults += _samples(shards, number)
         return faults
 
 
+def _whole(shards: ShardSet) -> Iterator[Fault]:
+    """What dataset.json says against itself, the merged index and the list of rejects."""
+    if fingerprint(shards.info) != shards.fingerprint:
+        yield Fault("dataset.json", "", -1, "the fingerprint does not fit its contents")
+    counts = [shard["samples"] for shard in shards.info["shards"]]
+    if not len(shards) == sum(counts) == shards.info["samples"]:
+        yield Fault("index.parquet", "", -1, f"has {len(shards)} rows, expected {shards.info['samples']}")
+    if len(set(shards.keys)) < len(shards):
+        yield Fault("index.parquet", "", -1, "holds a key twice")
+    try:
+        rows = pq.read_metadata(shards.path / "rejected.parquet").num_rows
+    except (OSError, pa.ArrowException) as error:
+        yield Fault("rejected.parquet", "", -1, f"cannot be read: {error}")
+    else:
+        if rows != shards.info["rejected"]:
+            yield Fault("rejected.parquet", "", -1, f"has {rows} rows, expected {shards.info['rejected']}")
+
+
 def _sizes(shards: ShardSet, number: int) -> Iterator[Fault]:
+    """The files of a shard against its sidecar, and that against dataset.json."""
+    tar, index, sidecar = shard_paths(shards.path, number)
     told = shards.info["shards"][number]
-    for path in shard_paths(shards.path, number):
+    expected = {tar: told["bytes"]}
+    try:
+        written = read_json(sidecar)
+        expected[index] = written["index"]["bytes"]
+        if (written["samples"], written["tar"]["sha256"]) != (told["samples"], told["sha256"]):
+            yield Fault(sidecar.name, "", -1, "tells of another shard than dataset.json")
+    except FileNotFoundError:
+        yield Fault(sidecar.name, "", -1, "is missing")
+    except (ValueError, KeyError, TypeError):
+        yield Fault(sidecar.name, "", -1, "is no sidecar")
+    for path, size in expected.items():
         if not path.is_file():
             yield Fault(path.name, "", -1, "is missing")
-        elif path.suffix == ".tar" and path.stat().st_size != told["bytes"]:
-            yield Fault(
-                path.name,
-                "",
-                path.stat().st_size,
-                f"has {path.stat().st_size} bytes, expected {told['bytes']}",
-            )
+        elif path.stat().st_size != size:
+            yield Fault(path.name, "", path.stat().st_size, f"has {path.stat().st_size} bytes, expected {size}")
 
 
 def _digests(shards: ShardSet, number: int) -> Iterator[Fault]:
@@ -72,37 +115,49 @@ def _digests(shards: ShardSet, number: int) -> Iterator[Fault]:
 
 
 def _members(shards: ShardSet, number: int) -> Iterator[Fault]:
-    """Walk the tar beside the index, then read every sample as training would."""
-    told = shards.info["shards"][number]
-    tar_path = shard_paths(shards.path, number)[0]
-    keys = shards.keys[told["first_index"] : told["first_index"] + told["samples"]]
-    expected = [
-        f"{key}.{kind}"
-        for key in keys
-        for kind in ("jpg", *(["cls"] if shards.classes else []), "parts.npy", "fgrank.npy")
-    ]
-    try:
-        with tarfile.open(tar_path, "r:") as tar:
-            members = [(member.name, member.offset_data) for member in tar]
-    except tarfile.TarError as error:
-        members = []
-        yield Fault(tar_path.name, "", 0, f"is no whole tar: {error}")
-    for place, name in enumerate(expected[: len(members)]):
-        if members[place][0] != name:
+    """The first member that is not where and what the index says; after it, nothing is in place."""
+    path = shard_paths(shards.path, number)[0]
+    for there, meant in zip_longest(_walk(path), _meant(shards, number)):
+        if there != meant:
+            at = meant or there
+            key = at.name.partition(".")[0] if at else ""
             yield Fault(
-                tar_path.name,
-                name.partition(".")[0],
-                members[place][1],
-                f"holds {members[place][0]}, expected {name}",
+                path.name, key, at.offset if at else -1, f"expected {meant or 'the end'}, found {there or 'the end'}"
             )
-            break
-    if members and len(members) != len(expected):
-        yield Fault(tar_path.name, "", -1, f"holds {len(members)} members, expected {len(expected)}")
+            return
+
+
+def _walk(path: Path) -> list[Member]:
+    """The members as a stock tool sees them, until it cannot go on."""
+    members = []
+    with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".cls") else None
+            members.append(Member(member.name, member.offset_data, member.size, file.read() if file else b""))
+    return members
+
+
+def _meant(shards: ShardSet, number: int) -> Iterator[Member]:
+    """The members as the index tells them."""
+    told, keys = shards.info["shards"][number], shards.keys
+    for index in range(told["first_index"], told["first_index"] + told["samples"]):
+        key, row = keys[index], shards.row(index)
+        yield Member(f"{key}.jpg", row["jpg_offset"], row["jpg_size"])
+        if row["class_id"] >= 0:
+            text = str(row["class_id"]).encode()
+            yield Member(f"{key}.cls", row["parts_offset"] - 2 * BLOCK, len(text), text)
+        yield Member(f"{key}.parts.npy", row["parts_offset"], HEADER + shards.grid**2)
+        yield Member(f"{key}.fgrank.npy", row["fgrank_offset"], row["span_end"] - row["fgrank_offset"])
+
+
+def _samples(shards: ShardSet, number: int) -> Iterator[Fault]:
+    """Read every sample as training would: checksums, .npy headers, labels, pixels."""
     pixels = np.empty((shards.size, shards.size, 3), np.uint8)
-    for offset, key in enumerate(keys):
+    first, keys = shards.info["shards"][number]["first_index"], shards.keys
+    for index in range(first, first + shards.info["shards"][number]["samples"]):
         try:
-            sample = shards.read(told["first_index"] + offset)
+            sample = shards.read(index)
             check_labels(sample.parts, sample.fgrank, groups=shards.groups, name=sample.key)
             decode_jpeg_into(sample.jpeg, pixels)
         except (ShardError, ValueError, OSError) as error:
-            yield Fault(tar_path.name, key, shards.offset(told["first_index"] + offset), str(error))
+            yield Fault(f"{number:06d}.tar", keys[index], shards.offset(index), str(error))

@@ -62,6 +62,7 @@ def write_shard(
     """
     tar, index, sidecar = shard_paths(folder, number)
     tar.parent.mkdir(exist_ok=True)
+    sidecar.unlink(missing_ok=True)  # an old one must not vouch for new bytes
     aside = tar.with_name(f".{tar.name}.{uuid.uuid4().hex}")
     try:
         with open(aside, "wb") as file:
