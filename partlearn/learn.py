@@ -53,7 +53,9 @@ def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[s
             device=device,
             precision=config.run.precision,
         )
-        learner = PartLearner(_shape(config, encoder)).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            learner = PartLearner(_shape(config, encoder)).to(device)
         optimiser = torch.optim.AdamW(_decayed(learner), lr=config.lr, betas=(0.9, 0.99))
         step, resumed = 0, checkpoint.newest(run.path)
         if resumed:

@@ -1,7 +1,10 @@
 """Whatever lies in people's folders: read, or listed with the reason."""
 
+import contextlib
 import io
 import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -62,6 +65,42 @@ def test_what_is_no_whole_picture_has_a_reason(data):
         decode_rgb(data)
 
 
+def test_a_broken_exif_does_not_matter():
+    data = saved(RED, "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x40\x01\x12")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        image = decode_rgb(data)
+
+    assert (image.size, told) == ((12, 8), [])
+
+
+def test_a_decompression_bomb_is_no_picture(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+
+    with pytest.raises(PictureError, match="decompression bomb"):
+        decode_rgb(saved(RED, "PNG"))
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were():
+    before, good = list(warnings.filters), saved(RED, "JPEG")
+
+    def decode(number):
+        with contextlib.suppress(PictureError):
+            decode_rgb(good[: 200 if number % 3 else None])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode, range(300)))
+
+    assert warnings.filters == before
+
+
+def test_not_a_number_and_floats_become_pixels():
+    image = Image.fromarray(np.array([[np.nan, 65535.0, 1e9, -5.0]], np.float32))
+
+    assert np.asarray(decode_rgb(saved(image, "TIFF")))[0, :, 0].tolist() == [0, 255, 255, 0]
+
+
 def test_the_square_is_cut_where_it_is_asked_for():
     image = Image.new("RGB", (30, 10))
     image.paste((255, 255, 255), (20, 0, 30, 10))
@@ -107,6 +146,44 @@ def test_a_list_file_and_a_tar(tmp_path):
     assert [(p.name, p.class_id) for p in text.pictures] == [("x/1.jpg", 0), ("y/2.jpg", 1)]
     assert tar.classes == ("x", "y")
     assert read_bytes(tar.pictures[1]) == (tmp_path / "y/2.jpg").read_bytes()
+
+
+def test_a_name_is_believed_until_the_bytes_are_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(saved(RED, "PNG"))
+    (tmp_path / "b.jpg").write_text("a letter")
+
+    png, letter = list_pictures(tmp_path).pictures
+
+    assert decode_rgb(read_bytes(png)).getpixel((0, 0)) == (200, 30, 30)
+    with pytest.raises(PictureError, match="cannot identify"):
+        decode_rgb(read_bytes(letter))
+
+
+def test_hidden_members_and_classes_of_cls_files(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name, data in (
+            ("1.jpg", saved(RED, "JPEG")),
+            ("1.cls", b"7"),
+            ("2.jpg", saved(RED, "JPEG")),
+            ("2.cls", b"3"),
+            ("._2.jpg", b"a fork"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "._set.tar").write_bytes(b"a fork")
+
+    found = list_pictures(tmp_path)
+
+    assert [(p.name, p.class_id) for p in found.pictures] == [("set.tar/1.jpg", 1), ("set.tar/2.jpg", 0)]
+    assert found.classes == ("3", "7")
+
+
+def test_what_is_no_tar_is_a_sentence(tmp_path):
+    (tmp_path / "set.tar").write_text("a letter")
+
+    with pytest.raises(ValueError, match=r"set\.tar is no whole, uncompressed tar"):
+        list_pictures(tmp_path)
 
 
 @pytest.mark.parametrize(

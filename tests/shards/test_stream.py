@@ -1,15 +1,14 @@
 """S1 to S5: every sample once, in an order of seed and epoch alone, from any position, on any number of ranks."""
 
+import io
 import threading
 from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from PIL import Image
 
 from shards.errors import ShardError
-from shards.order import FLIP, MASK, permutation, uniform
 from shards.stream import Stream, decode_jpeg_into, in_order
 
 
@@ -18,40 +17,6 @@ def indices(stream: Stream, batches: int) -> list[int]:
     found = [int(index) for batch in islice(iterator, batches) for index in batch.indices]
     iterator.close()
     return found
-
-
-@given(count=st.integers(1, 300), seed=st.integers(0, 5), epoch=st.integers(0, 5))
-def test_an_order_is_a_permutation(count, seed, epoch):
-    order = permutation(count, seed=seed, epoch=epoch)
-
-    assert np.array_equal(np.sort(order), np.arange(count))
-
-
-def test_the_order_is_the_one_of_every_release():
-    assert permutation(8, seed=0, epoch=0).tolist() == GOLDEN_ORDER
-    assert uniform(0, np.array([0, 1]), np.array([5, 5]), FLIP, 2).ravel().tolist() == pytest.approx(GOLDEN_DRAWS)
-
-
-GOLDEN_ORDER = [0, 1, 5, 4, 6, 3, 2, 7]
-GOLDEN_DRAWS = [0.7394862174987793, 0.6323685646057129, 0.7738612294197083, 0.3303515315055847]
-
-
-def test_draws_are_uniform_and_depend_on_their_whole_key():
-    epochs, places = np.zeros(4000, np.int64), np.arange(4000)
-
-    draws = uniform(3, epochs, places, MASK, 8)
-
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    assert abs(draws.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.05
-    for other in (
-        uniform(4, epochs, places, MASK, 8),
-        uniform(3, epochs + 1, places, MASK, 8),
-        uniform(3, epochs, places, FLIP, 8),
-    ):
-        assert (draws == other).mean() < 0.001
-    assert np.array_equal(uniform(3, epochs[:5], places[10:15], MASK, 8), draws[10:15])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 40, 64])
@@ -118,6 +83,47 @@ def test_no_thread_is_left_behind(make_shards):
     assert threading.active_count() == before
 
 
+def test_leaving_in_order_early_leaves_no_thread(make_shards):
+    before = threading.active_count()
+    iterator = in_order(make_shards(), batch_size=8)
+    next(iterator)
+
+    iterator.close()
+
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_decoding_ahead_changes_nothing(prefetch, make_shards):
+    shards = make_shards()
+
+    ahead = indices(Stream(shards, batch_size=12, seed=0, prefetch=prefetch), 7)
+
+    assert ahead == indices(Stream(shards, batch_size=12, seed=0), 7)
+
+
+def test_a_batch_holds_what_the_shards_hold(make_shards):
+    shards = make_shards()
+    iterator = iter(Stream(shards, batch_size=30, seed=0, position=60))
+    batch = next(iterator)
+    iterator.close()
+
+    assert (batch.position, batch.epochs.tolist()) == (60, [1] * 20 + [2] * 10)
+    for row, index in enumerate(batch.indices):
+        sample = shards.read(int(index))
+        assert np.array_equal(batch.parts[row], sample.parts)
+        assert np.array_equal(batch.fgrank[row], sample.fgrank)
+        assert batch.class_ids[row] == sample.class_id
+        with Image.open(io.BytesIO(sample.jpeg)) as image:
+            assert np.array_equal(batch.images[row], np.asarray(image))
+
+
+@pytest.mark.parametrize("batch_size", [0, -4])
+def test_an_empty_batch_is_refused(batch_size, make_shards):
+    with pytest.raises(ValueError, match="cannot be shared"):
+        Stream(make_shards(), batch_size=batch_size, seed=0)
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused(make_shards):
     with pytest.raises(ValueError, match="a batch of 10 cannot be shared by 4 ranks"):
         Stream(make_shards(), batch_size=10, seed=0, world_size=4)
@@ -130,6 +136,22 @@ def test_damage_stops_the_stream_and_is_named(make_shards):
 
     with pytest.raises(ShardError, match=r"000002\.tar"):
         indices(Stream(shards, batch_size=8, seed=0), 5)
+
+
+def test_a_lost_shard_stops_the_stream_and_is_named(make_shards):
+    shards = make_shards()
+    (shards.path / "shards/000001.tar").unlink()
+
+    with pytest.raises(ShardError, match=r"000001\.tar is missing"):
+        list(in_order(shards, batch_size=8))
+
+
+def test_a_picture_of_the_wrong_size_stops_the_stream_and_is_named(make_shards):
+    shards = make_shards(size=32)
+    shards.size = 16
+
+    with pytest.raises(ShardError, match=r"0000000\d of .*000000\.tar at byte \d+ cannot be read: .* expected 16x16"):
+        next(in_order(shards, batch_size=8))
 
 
 def test_in_order_gives_every_sample_once(make_shards):
