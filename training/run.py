@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from shards.atomic import read_json, write_json
 from training import distributed
+from training.device import pick_device
 
 PACKAGES = ("semmae", "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "pyarrow", "ray")
 
@@ -133,5 +134,6 @@ def _claim(path: Path, config: Any) -> None:
             "git": git_state(),
             "versions": package_versions(),
             "machine": platform.platform(),
+            "device": str(pick_device(config.run.device)),
         },
     )
