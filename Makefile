@@ -27,7 +27,7 @@ $(DONE): requirements.lock pyproject.toml
 	@touch $@
 
 demo: venv
-	@$(BIN)/python -m pipeline demo $(if $(IMAGES),--images "$(IMAGES)")
+	@$(BIN)/python -m pipeline demo $(if $(IMAGES),--images "$(IMAGES)" --out "runs/demo-$(notdir $(IMAGES:/=))")
 
 test: venv
 	@$(BIN)/python -m pytest
