@@ -64,7 +64,7 @@ class Stages:
             depth=4,
             heads=4,
             prototypes=256,
-            epochs=12 if trained else 0,
+            epochs=6 if trained else 0,
             batch_size=32,
             base_lr=8e-3,
             warmup_epochs=0.5,
