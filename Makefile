@@ -30,7 +30,7 @@ demo: venv
 	@$(BIN)/python -m pipeline demo $(if $(IMAGES),--images "$(IMAGES)" --out "runs/demo-$(notdir $(IMAGES:/=))")
 
 test: venv
-	@$(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 check: venv
 	@$(BIN)/ruff format --check .
