@@ -1,5 +1,6 @@
 """A shard set is whole or absent, the same bytes every time, and readable by anyone."""
 
+import dataclasses
 import gc
 import io
 import json
@@ -244,6 +245,25 @@ def test_inputs_that_are_nowhere_stop_the_finish(tmp_path):
 
     with pytest.raises(ShardError, match="2 samples and 0 rejects do not sum to 3 inputs"):
         finalise(tmp_path, shard_count=1, plan_digest=digest, info=INFO | {"inputs": {"count": 3}})
+
+
+def test_a_tar_is_the_one_of_every_release(tmp_path):
+    """Bytes in place of a JPEG, so that no encoder has a say."""
+    sample = dataclasses.replace(
+        labelled(1)[0],
+        class_id=2,
+        jpeg=bytes(range(256)) * 3,
+        parts=np.arange(16, dtype=np.uint8).reshape(4, 4) % 4,
+        fgrank=np.arange(16, dtype=np.uint16)[::-1].reshape(4, 4),
+    )
+
+    sidecar = write_shard(tmp_path, 0, [sample], groups=4, plan_digest="x", rejected=[])
+
+    assert sidecar["tar"] == {"bytes": 10240, "sha256": GOLDEN_TAR}
+    assert sidecar["tar"]["sha256"] == sha256_file(shard_paths(tmp_path, 0)[0])
+
+
+GOLDEN_TAR = "d1dc02d2aa9a4b755239b821671a380db3acf34af160dafe45dde7b75c127995"
 
 
 def test_headers_say_nothing_of_the_machine(make_shards):
