@@ -19,10 +19,10 @@ from torch import Tensor
 from evaluate.config import FeatureConfig
 from partlearn.encoders import Encoder, load_encoder
 from shards.atomic import sha256_file, sha256_json
-from shards.dataset import ShardSet
+from shards.batches import in_order
 from shards.order import permutation
 from shards.pictures import Picture, PictureError, PictureList, decode_rgb, list_pictures, read_bytes, square
-from shards.stream import in_order
+from shards.shard_set import ShardSet
 from training.checkpoint import find
 from training.device import pick_device
 from training.progress import Progress

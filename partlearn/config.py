@@ -12,7 +12,7 @@ class EncoderConfig:
     """A small ViT trained on a folder of pictures by DINO + iBOT self-distillation."""
 
     images: str
-    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     size: int = 224
     """Side of a global crop in pixels."""
     local_size: int = 96
@@ -67,7 +67,7 @@ class LearnConfig:
     --init heads --softmax positions --no-relative --no-background`."""
 
     images: str
-    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     encoder: str
     """Frozen encoder: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
     encoder_block: int | None = None
@@ -136,8 +136,10 @@ class LearnConfig:
 class ExtractConfig:
     """Part labels and foreground ranks beside every picture, in WebDataset shards."""
 
-    images: str
-    """Pictures: a folder, a text file of paths, a .tar or a folder of tars."""
+    images: str | None = None
+    """Pictures: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
+    relabel: Path | None = None
+    """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
     parts: Path
     """Run folder of a part learner (`learn-parts`)."""
     encoder: str | None = None
@@ -148,6 +150,8 @@ class ExtractConfig:
     """Quality of the stored JPEG."""
     grid: int | None = None
     """Cells a side of the labels; the part learner's own unless told."""
+    attention: bool = False
+    """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and picture."""
     samples_per_shard: int = 2048
     """Inputs a shard owns."""
     batch_size: int = 64
@@ -160,9 +164,13 @@ class ExtractConfig:
     """GPU share of an actor, where the cluster has GPUs."""
     seed: int = 0
     """Seed of the order of pictures in the shards."""
+    retry_failed: bool = False
+    """Build the shards that have rejected pictures once more: the pictures were mended, or the disk has come back."""
     run: RunConfig
 
     def __post_init__(self):
+        if (self.images is None) == (self.relabel is None):
+            raise ValueError("extract needs either --images (pictures) or --relabel (a shard set), and not both")
         if self.size < 16:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:

@@ -1,5 +1,6 @@
 """Pictures in, part labels and foreground ranks out: what extraction stores."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,17 @@ from jaxtyping import UInt8, UInt16
 from partlearn.encoders import CPU, load_encoder
 from partlearn.learner import load_learner
 from training.checkpoint import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is stored of a batch of pictures."""
+
+    parts: UInt8[np.ndarray, "batch rows cols"]
+    fgrank: UInt16[np.ndarray, "batch rows cols"]
+    """0 = most likely foreground."""
+    attn: UInt8[np.ndarray, "batch heads rows cols"] | None
+    """Class attention of each head, scaled so that its most attended cell is 255; where it was asked for."""
 
 
 class Labeller:
@@ -28,9 +40,11 @@ class Labeller:
         grid: int | None = None,
         device: torch.device = CPU,
         precision: str = "auto",
+        attention: bool = False,
     ):
         learner, described, self.sha256 = load_learner(parts)
         self.learner = learner.to(device)
+        self.attention = attention
         self.grid, self.groups = learner.shape.grid, learner.shape.groups
         if grid not in (None, self.grid):
             raise ValueError(f"--grid {grid} was asked for, but the parts of {parts} were learned on {self.grid}")
@@ -48,13 +62,22 @@ class Labeller:
         """What the labels come from, for dataset.json."""
         return {"encoder": self.encoder.description, "learner_sha256": self.sha256}
 
-    def __call__(
-        self, images: UInt8[np.ndarray, "batch height width 3"]
-    ) -> tuple[UInt8[np.ndarray, "batch rows cols"], UInt16[np.ndarray, "batch rows cols"]]:
-        """Part of each cell, and its rank in foreground (0 = most likely)."""
-        parts, rank = self.learner.label(self.encoder(torch.from_numpy(images)))
+    @property
+    def heads(self) -> int:
+        """Heads whose attention is stored; 0 where none is."""
+        return self.encoder.heads if self.attention else 0
+
+    def __call__(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Labels:
+        """Part of each cell, and its rank in foreground."""
+        tokens = self.encoder(torch.from_numpy(images))
+        parts, rank = self.learner.label(tokens)
         shape = (len(images), self.grid, self.grid)
-        return (
+        attn = None
+        if self.attention:
+            share = tokens.class_attention / tokens.class_attention.amax(dim=-1, keepdim=True)
+            attn = (255 * share).round().byte().cpu().numpy().reshape(len(images), -1, self.grid, self.grid)
+        return Labels(
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),
+            attn,
         )

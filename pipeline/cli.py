@@ -11,7 +11,7 @@ import tyro
 
 from evaluate.config import KnnConfig, ProbeConfig
 from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
-from pipeline.config import DemoConfig, VerifyConfig
+from pipeline.config import BenchConfig, DemoConfig, SubmitConfig, VerifyConfig
 from pretrain.config import PretrainConfig
 
 Plain = tyro.conf.arg(name="")
@@ -102,6 +102,29 @@ def probe(config: Annotated[ProbeConfig, Plain]) -> None:
     _rows(evaluate(config))
 
 
+def bench(config: Annotated[BenchConfig, Plain]) -> None:
+    """Measure this machine: `loader` or `extract`, interleaved rounds, medians and quartiles.
+
+    Blocks of time that other processes disturbed are not counted. Examples:
+      semmae bench loader --images photos/
+      semmae bench extract --images photos/ --parts runs/parts --json extract.json
+    """
+    from pipeline.bench import bench as measure
+
+    measure(config)
+
+
+def submit(config: Annotated[SubmitConfig, Plain]) -> None:
+    """Run a verb on a Ray cluster: weigh this checkout, send it as a job, follow its log; 0 when the job succeeded.
+
+    With token authentication, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names the token. Example:
+      semmae submit --address http://head:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
+    """
+    from pipeline.submit import submit as send
+
+    send(config)
+
+
 def demo(config: Annotated[DemoConfig, Plain]) -> None:
     """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and a picture sheet.
 
@@ -122,6 +145,8 @@ VERBS = {
     "pretrain": pretrain,
     "knn": knn,
     "probe": probe,
+    "bench": bench,
+    "submit": submit,
     "demo": demo,
 }
 CALL_WAS_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyConfig:
@@ -13,6 +15,8 @@ class VerifyConfig:
     """Shard set: a folder with dataset.json."""
     level: Literal["fast", "hash", "deep"] = "fast"
     """fast: files and sizes; hash: every digest; deep: every member, checksum, label and picture."""
+    repair: bool = False
+    """Build the bad shards once more, from the pictures and weights that dataset.json names, to the same digests."""
     json: Path | None = None
     """Write the faults there as a JSON list of rows."""
     debug: bool = False
@@ -31,5 +35,59 @@ class DemoConfig:
     """Where the models run."""
     seed: int = 0
     """The one seed of everything."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """A benchmark of this machine, beside other loaders or against a bar."""
+
+    name: Positional[Literal["loader", "extract"]]
+    """loader: pictures a second of the stream and of others; extract: share of labelling outside the models."""
+    images: str | None = None
+    """Pictures; without them, procedural creatures are drawn into --out."""
+    parts: Path | None = None
+    """Run folder of a part learner (extract); an untrained one, for its speed alone, unless told."""
+    out: Path = Path("runs/bench")
+    """What is measured on goes there, and is reused."""
+    json: Path | None = None
+    """Write the rows there as a JSON list."""
+    minutes: float = 4.0
+    """Time limit; a quiet machine is done sooner."""
+    pictures: int = 1024
+    """At most so many of the pictures, evenly spaced."""
+    build: int = 128
+    """Pictures in a build (extract)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the models run (extract)."""
+    threads: int = 2
+    """Threads that read and decode pictures (extract)."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self):
+        if self.minutes <= 0:
+            raise ValueError(f"minutes must be above 0, got {self.minutes}")
+        if min(self.pictures, self.build, self.threads) < 1:
+            raise ValueError(
+                f"pictures, build and threads must be at least 1, got {self.pictures}, {self.build} and {self.threads}"
+            )
+        if self.parts and self.name != "extract":
+            raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitConfig:
+    """A verb, run on a Ray cluster from a copy of this checkout."""
+
+    job: Positional[tuple[str, ...]] = ()
+    """The verb and its flags, after --; paths are absolute and on storage that all nodes see."""
+    address: str | None = None
+    """The cluster's dashboard, http://HEAD:8265; without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a Ray started here."""
+    working_dir: Path = Path()
+    """The checkout to send."""
+    runtime_env: Path | None = None
+    """Ray runtime environment (YAML) of the job; without it, the one shipped as pipeline/runtime_env.yaml."""
     debug: bool = False
     """Show the traceback of an error."""

@@ -22,11 +22,11 @@ from pipeline.creatures import write_creatures
 from pipeline.extract import extract
 from pipeline.sheet import draw_sheet
 from pipeline.truth import score_against_truth
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json
-from shards.dataset import ShardSet
 from shards.pictures import list_pictures
+from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import clock
 
@@ -86,7 +86,7 @@ class Stages:
             run=self.run(name),
         )
 
-    def shards(self, images: str, parts: LearnConfig, name: str) -> ExtractConfig:
+    def shards(self, images: str | None, parts: LearnConfig, name: str) -> ExtractConfig:
         return ExtractConfig(
             images=images,
             parts=parts.run.out,
@@ -113,7 +113,7 @@ class Stages:
             batch_size=64,
             base_lr=4e-3,
             seed=self.config.seed,
-            run=self.run(name),
+            run=StreamRun(out=self.config.out / name, device=self.config.device),
         )
 
 

@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masks import Masked, mask_batch
 from pretrain.train import MEAN, STD, build
 from shards.atomic import read_json, write_whole
-from shards.dataset import ShardSet
+from shards.batches import Batch, in_order
 from shards.order import permutation
-from shards.stream import Batch, in_order
+from shards.shard_set import ShardSet
 from training.checkpoint import find, load_tensors
-from training.config import RunConfig
 
 ROWS, CELL, GAP, HEADER = 8, 112, 4, 22
 COLOURS = np.array(
@@ -58,9 +57,9 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
 
 
 def _config(run: Path) -> PretrainConfig:
-    """The run's config, without flips and with its masking, for drawing."""
+    """The run's config with semantic masking, for drawing."""
     values = {name: value for name, value in read_json(run / "config.json").items() if name not in ("run", "verb")}
-    return PretrainConfig(**values | {"flip": False, "masking": "semmae"}, run=RunConfig(out=run))
+    return PretrainConfig(**values | {"masking": "semmae"}, run=StreamRun(out=run))
 
 
 def _pick(shards: ShardSet, seed: int) -> Batch:

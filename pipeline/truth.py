@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from evaluate.part_quality import cells_of, score, shortcuts
-from shards.dataset import ShardSet
+from shards.batches import in_order
 from shards.pictures import square
-from shards.stream import in_order
+from shards.shard_set import ShardSet
 
 SHOWN = (
     "foreground_ap",

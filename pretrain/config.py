@@ -1,9 +1,25 @@
 """What the verb `pretrain` computes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from training.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRun(RunConfig):
+    """Where and how fast a run computes that reads a stream of shards; nothing here changes a result."""
+
+    stage: Path | None = None
+    """Folder on a local disk: shards are copied there, with checksums, ahead of use (needed for s3:// and gs://)."""
+    stage_gb: float = 50.0
+    """Most that the copies may take."""
+
+    def __post_init__(self):
+        super(StreamRun, self).__post_init__()
+        if self.stage_gb <= 0:
+            raise ValueError(f"stage_gb must be above 0, got {self.stage_gb}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +28,9 @@ class PretrainConfig:
     patch 8 with the foreground quarter (--keep-share 0.25)."""
 
     data: str
-    """Shard set: a folder with dataset.json."""
+    """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --stage."""
+    labels: str | None = None
+    """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/; its own unless told."""
     masking: Literal["semmae", "random"] = "semmae"
     """semmae: from three quarters of every part to three quarters of the parts. random: MAE's."""
     mask_ratio: float = 0.75
@@ -38,7 +56,14 @@ class PretrainConfig:
     norm_pix_loss: bool = True
     """Targets are each patch's pixels minus their mean, over their deviation."""
     flip: bool = True
-    """Mirror every other picture, with its labels."""
+    """Mirror every other picture, with its labels (the paper)."""
+    crop_scale: float = 1.0
+    """Least share of a picture's area that a random resized crop keeps, its labels with it; 1 = no crop (the paper),
+    0.2 = MAE's."""
+    window: int = 0
+    """Shards shuffled together; 0 = all of them, 8 or so for slow or remote disks."""
+    substitutes: int = 0
+    """Damaged samples that their neighbours may stand in for, each told on stderr; 0 stops at the first."""
     epochs: int = 800
     """Passes over the shards; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 4096
@@ -51,13 +76,17 @@ class PretrainConfig:
     """AdamW's decay; none on biases, norms and tokens."""
     seed: int = 0
     """The one seed of the run."""
-    run: RunConfig
+    run: StreamRun
 
     def __post_init__(self):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {self.mask_ratio}")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share must lie in (0, 1], got {self.keep_share}")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale must lie in (0, 1], got {self.crop_scale}")
+        if self.window < 0 or self.substitutes < 0:
+            raise ValueError(f"window and substitutes must not be negative, got {self.window} and {self.substitutes}")
         if self.gamma <= 0:
             raise ValueError(f"gamma must be above 0, got {self.gamma}")
         for name in ("epochs", "warmup_epochs", "base_lr", "weight_decay"):

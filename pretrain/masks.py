@@ -10,8 +10,8 @@ from torch import Tensor
 from pretrain.config import PretrainConfig
 from pretrain.masking import random_masking, semantic_masking
 from pretrain.patches import best_patches, pool_labels, split
-from shards.order import FLIP, MASK, PART_ORDER, uniform
-from shards.stream import Batch
+from shards.batches import Batch
+from shards.order import MASK, PART_ORDER, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,12 @@ class Masked:
 
 
 def mask_batch(batch: Batch, config: PretrainConfig, *, side: int, groups: int, alpha: float) -> Masked:
-    """Flip, keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, picture, purpose)."""
+    """Keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, picture, purpose)."""
     images, parts, fgrank = (
         torch.from_numpy(batch.images),
         torch.from_numpy(batch.parts).long(),
         torch.from_numpy(batch.fgrank.astype(np.int64)),
     )
-    if config.flip:
-        chosen = _draws(batch, config.seed, FLIP, 1)[:, 0] < 0.5
-        images, parts, fgrank = (flipped(values, chosen) for values in (images, parts, fgrank))
     kept = best_patches(fgrank, side, config.keep_share)
     labels = pool_labels(parts, side, groups).gather(1, kept)
     noise = _draws(batch, config.seed, MASK, kept.shape[1])
@@ -44,13 +41,6 @@ def mask_batch(batch: Batch, config: PretrainConfig, *, side: int, groups: int, 
         order = _draws(batch, config.seed, PART_ORDER, groups)
         mask = semantic_masking(labels, noise, order, mask_ratio=config.mask_ratio, alpha=alpha)
     return Masked(images, *split(kept, mask), mask, labels)
-
-
-def flipped(values: Tensor, chosen: Bool[Tensor, " batch"]) -> Tensor:
-    """Mirror the chosen rows left to right; axis 2 is the column in pictures and in label grids alike."""
-    values = values.clone()
-    values[chosen] = values[chosen].flip(2)
-    return values
 
 
 def _draws(batch: Batch, seed: int, purpose: int, count: int) -> Float[Tensor, "batch count"]:

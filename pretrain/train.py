@@ -13,7 +13,7 @@ from pretrain.mae import MAE
 from pretrain.masking import alpha_at, hidden_count, purity
 from pretrain.masks import Masked, mask_batch
 from pretrain.patches import kept_count
-from shards.dataset import ShardSet
+from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import checkpoint, distributed
 from training.device import autocast, pick_device, plain_attention_on_cpu
@@ -39,11 +39,15 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
     """
     joined = distributed.start(config.run.device)
     try:
-        with RunFolder.open(config) as run, ShardSet.open(config.data) as shards:
+        with RunFolder.open(config) as run:
             distributed.barrier()
             if run.finished:
                 return run.report()
-            return _train(config, run, shards, stop_after_steps)
+            stage_bytes = int(config.run.stage_gb * 1e9)
+            with ShardSet.open(
+                config.data, labels=config.labels, stage=config.run.stage, stage_bytes=stage_bytes
+            ) as shards:
+                return _train(config, run, shards, stop_after_steps)
     finally:
         if joined:
             distributed.stop()
@@ -69,23 +73,28 @@ def build(config: PretrainConfig, size: int) -> MAE:
 def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_steps: int | None) -> dict[str, Any]:
     _refuse_what_does_not_fit(config, shards)
     device = pick_device(config.run.device)
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
     model = build(config, shards.size).to(device)
     plain_attention_on_cpu(model, device)
     optimiser = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
     total = math.ceil(config.epochs * len(shards) / config.batch_size)
-    step = _resume(run, model, optimiser)
-    wrapped: nn.Module = model
-    if distributed.world_size() > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     stream = Stream(
         shards,
         batch_size=config.batch_size,
         seed=config.seed,
+        window=config.window,
+        flip=config.flip,
+        crop_scale=config.crop_scale,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        position=step * config.batch_size,
         threads=config.run.threads,
+        substitutes=config.substitutes,
     )
+    step = _resume(run, model, optimiser, stream)
+    wrapped: nn.Module = model
+    if distributed.world_size() > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     batches = iter(stream)
     metrics = Metrics(run.path, step=step)
     progress = Progress(total, f"pretrain {config.masking}", "steps", done=step)
@@ -121,8 +130,8 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
             step += 1
             progress.advance(**figures)
             if clock.due() and step < end:
-                _save(run, step, model, optimiser, config, shards)
-        _save(run, step, model, optimiser, config, shards)
+                _save(run, step, model, optimiser, config, stream)
+        _save(run, step, model, optimiser, config, stream)
     finally:
         batches.close()
         progress.close()
@@ -130,7 +139,7 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
     report = {
         "steps": step,
         "samples": step * config.batch_size,
-        "data_fingerprint": shards.fingerprint,
+        "data_fingerprint": shards.identity,
         **figures,
     }
     if step == total:
@@ -198,7 +207,7 @@ def _save(
     model: MAE,
     optimiser: torch.optim.Optimizer,
     config: PretrainConfig,
-    shards: ShardSet,
+    stream: Stream,
 ) -> None:
     """Write a checkpoint, on the main rank; refused on every rank when a weight is not finite.
 
@@ -212,7 +221,7 @@ def _save(
     if not distributed.is_main():
         return
     vit = {
-        "img_size": shards.size,
+        "img_size": stream.shards.size,
         "patch_size": config.patch,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
@@ -235,17 +244,18 @@ def _save(
         run.path,
         step,
         model.state_dict(),
-        metadata={"vit": vit, "mae": mae, "data_fingerprint": shards.fingerprint},
-        state={"optimiser": optimiser.state_dict()},
+        metadata={"vit": vit, "mae": mae, "data_fingerprint": stream.shards.identity},
+        state={"optimiser": optimiser.state_dict(), "stream": stream.state(step * config.batch_size)},
     )
 
 
-def _resume(run: RunFolder, model: MAE, optimiser: torch.optim.Optimizer) -> int:
-    """Continue from the newest checkpoint; returns the steps done."""
+def _resume(run: RunFolder, model: MAE, optimiser: torch.optim.Optimizer, stream: Stream) -> int:
+    """Continue from the newest checkpoint, the stream where it was; returns the steps done."""
     newest = checkpoint.newest(run.path)
     if newest is None:
         return 0
     model.load_state_dict(checkpoint.load_tensors(newest / "model.safetensors")[0])
     state = checkpoint.load_state(newest)
     optimiser.load_state_dict(state["optimiser"])
+    stream.resume(state["stream"])
     return state["step"]

@@ -1,21 +1,17 @@
-"""A shard set: its plan, its completion, and reading it. `dataset.json` is written last; with it, the set is whole."""
+"""A shard set in the making: its plan and its completion. With `dataset.json`, written last, the set is whole."""
 
-import os
-import threading
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file, sha256_json, sweep, write_json, write_whole
 from shards.errors import ShardError
-from shards.sample import Sample, from_npy
+from shards.index import merged, table_bytes
+from shards.shard_set import FORMAT, VERSION
 from shards.writer import shard_paths
 
-FORMAT, VERSION = "semmae-shards", 1
 REJECTED = pa.schema(
     [("source", pa.string()), ("ordinal", pa.int64()), ("stage", pa.string()), ("reason", pa.string())]
 )
@@ -80,12 +76,10 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
     for number, told in enumerate(sidecars):
         tar, index, _ = shard_paths(folder, number)
         table = pq.read_table(index)
-        count = table.num_rows
-        table = table.append_column("index", pa.array(np.arange(first, first + count), pa.uint32()))
-        tables.append(table.append_column("shard", pa.array(np.full(count, number), pa.uint32())))
-        shards.append({"name": tar.name, "samples": count, "first_index": first} | told["tar"])
+        tables.append(table)
+        shards.append({"name": tar.name, "samples": table.num_rows, "first_index": first} | told["tar"])
         rejected += told["rejected"]
-        first += count
+        first += table.num_rows
     if first + len(rejected) != info["inputs"]["count"]:
         raise ShardError(
             f"{folder}: {first} samples and {len(rejected)} rejects do not sum to {info['inputs']['count']} inputs; "
@@ -95,8 +89,8 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
         raise ShardError(
             f"none of the {len(rejected)} pictures could be read, the first because: {rejected[0]['reason']}"
         )
-    _write_table(folder / "index.parquet", pa.concat_tables(tables))
-    _write_table(folder / "rejected.parquet", pa.Table.from_pylist(rejected, schema=REJECTED))
+    write_whole(folder / "index.parquet", table_bytes(merged(tables)))
+    write_whole(folder / "rejected.parquet", _parquet(pa.Table.from_pylist(rejected, schema=REJECTED)))
     whole = {
         **info,
         "format": FORMAT,
@@ -121,138 +115,17 @@ def _still_whole(folder: Path, sidecars: list[dict[str, Any]]) -> dict[str, Any]
     return whole if same and sha256_file(folder / "index.parquet") == whole["index_sha256"] else None
 
 
+OF_SOME = ("heads", "labels_of")
+"""Heads of the stored class attention; in a label set, the fingerprint of the set whose pictures it is of."""
+
+
 def fingerprint(info: dict[str, Any]) -> str:
     """SHA-256 of what the set is, without where, when and by whom it was made."""
     names = ("format", "version", "samples", "grid", "size", "groups", "classes", "shards", "index_sha256")
-    return sha256_json({name: info[name] for name in names})
+    return sha256_json({name: info[name] for name in names} | {name: info[name] for name in OF_SOME if name in info})
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_whole(path, sink.getvalue().to_pybytes())
-
-
-class ShardSet:
-    """An open, whole shard set. Reads are single `pread`s, safe from any thread; every checksum is compared."""
-
-    def __init__(self, path: Path, info: dict[str, Any], table: pa.Table):
-        self.path, self.info, self._table = path, info, table
-        self.grid, self.size, self.groups = int(info["grid"]), int(info["size"]), int(info["groups"])
-        self.classes: tuple[str, ...] = tuple(info["classes"])
-        self.fingerprint: str = info["fingerprint"]
-        whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
-        self._columns = {name: table[name].to_numpy() for name in whole}
-        self.class_ids = self._columns["class_id"].astype(np.int64)
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    @classmethod
-    def open(cls, path: str | Path) -> "ShardSet":
-        """Open the set in `path`.
-
-        Raises:
-            FileNotFoundError: There is no such folder.
-            ShardError: The set is not finished, of another format, or its index is not the one it names.
-        """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no shard set at {path}: expected a folder with dataset.json")
-        if not (folder / "dataset.json").is_file():
-            raise ShardError(f"{path} has no dataset.json: the set is not finished; run the same extract command again")
-        try:
-            info = read_json(folder / "dataset.json")
-        except ValueError as error:
-            raise ShardError(str(error)) from None
-        if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
-            raise ShardError(
-                f"{path} is {info.get('format')} version {info.get('version')}, expected {FORMAT} version {VERSION}; "
-                "read it with the release that wrote it"
-            )
-        if not (folder / "index.parquet").is_file() or sha256_file(folder / "index.parquet") != info["index_sha256"]:
-            raise ShardError(
-                f"{folder / 'index.parquet'} is missing or not the one dataset.json names; "
-                "run the same extract command again"
-            )
-        return cls(folder, info, pq.read_table(folder / "index.parquet"))
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    @property
-    def keys(self) -> list[str]:
-        return self._table["key"].to_pylist()
-
-    @property
-    def sources(self) -> list[str]:
-        return self._table["source"].to_pylist()
-
-    def row(self, index: int) -> dict[str, int]:
-        """What the index says of sample `index`: class, shard, offsets, checksums."""
-        return {name: int(column[index]) for name, column in self._columns.items()}
-
-    def offset(self, index: int) -> int:
-        """Byte in its tar where the picture of sample `index` begins."""
-        return int(self._columns["jpg_offset"][index])
-
-    def where(self, index: int) -> str:
-        """Sample `index` in words: key, shard, byte."""
-        tar = shard_paths(self.path, int(self._columns["shard"][index]))[0]
-        return f"{self._table['key'][index]} of {tar} at byte {self.offset(index)}"
-
-    def read(self, index: int) -> Sample:
-        """Sample `index`, with one read.
-
-        Raises:
-            ShardError: The bytes are not those that were written; names shard, key and offset.
-        """
-        at = self.row(index)
-        begin = at["jpg_offset"]
-        span = os.pread(self._file(at["shard"]), at["span_end"] - begin, begin)
-        members = {
-            "jpg": (begin, begin + at["jpg_size"]),
-            "parts": (at["parts_offset"], at["parts_offset"] + 128 + self.grid**2),
-            "fgrank": (at["fgrank_offset"], at["span_end"]),
-        }
-        data, key = {}, self._table["key"][index].as_py()
-        for member, (first, end) in members.items():
-            data[member] = span[first - begin : end - begin]
-            if zlib.crc32(data[member]) != at[f"crc32_{member}"]:
-                raise ShardError(
-                    f"{at['shard']:06d}.tar: {member} of {key} at byte {first} is damaged (checksum differs); delete "
-                    f"{at['shard']:06d}.json in {self.path / 'shards'} and run the same extract command again"
-                )
-        return Sample(
-            index,
-            key,
-            data["jpg"],
-            from_npy(data["parts"], "|u1", self.grid),
-            from_npy(data["fgrank"], "<u2", self.grid),
-            at["class_id"],
-        )
-
-    def _file(self, shard: int) -> int:
-        """Descriptor of a tar, kept open: closing one that another thread is reading would hand it wrong bytes."""
-        with self._lock:
-            if shard not in self._files:
-                path = shard_paths(self.path, shard)[0]
-                try:
-                    self._files[shard] = os.open(path, os.O_RDONLY)
-                except FileNotFoundError:
-                    raise ShardError(f"{path} is missing; run the same extract command again") from None
-            return self._files[shard]
-
-    def close(self) -> None:
-        """Close every file."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
-
-    def __enter__(self) -> "ShardSet":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+    return sink.getvalue().to_pybytes()

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from shards import storage
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-WHOLE_FILE = -1
 Box = tuple[float, float, float, float]
 
 
@@ -29,11 +30,12 @@ class Picture:
     """Where one picture lies: a file, or a member of a tar."""
 
     name: str
-    path: Path
+    location: str
+    """Path or URI of the file, or of the tar."""
     class_id: int = -1
     """-1 where there are no classes."""
     offset: int = 0
-    size: int = WHOLE_FILE
+    size: int = storage.WHOLE_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +57,18 @@ def list_pictures(source: str | Path) -> PictureList:
     """The pictures in `source`.
 
     A folder (classes are its subfolders when all pictures lie in two or more of them; `images/` beside `labels/` or
-    `masks/` stands for the folder), a text file (a path a line, relative to the file, then perhaps a tab and the
-    class), a .tar, or a folder of tars (class from `KEY.cls`, else from the first folder of the names).
+    `masks/` stands for the folder), a text file (a path or URI a line, paths relative to the file, then perhaps a tab
+    and the class), a .tar, or a folder of tars (class from `KEY.cls`, else from the first folder of the names). Each
+    may lie in an object store: `s3://bucket/train`.
 
     Raises:
         FileNotFoundError: There is no such path.
         ValueError: There is no picture in it, or a name twice.
     """
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"no pictures at {source}: expected a folder, a text file of paths or a .tar")
-    tars = [tar for tar in sorted(path.glob("*.tar")) if not tar.name.startswith(".")] if path.is_dir() else []
-    if path.suffix == ".tar" or tars:
-        found = [row for tar in (tars or [path]) for row in _in_tar(tar)]
-    elif path.is_dir():
-        found = list(_in_folder(path))
-    else:
-        found = list(_in_text(path))
+    source = str(source)
+    found = list(_in_folder(source) if _is_folder(source) else _in_file(source))
     if not found:
-        raise ValueError(f"no pictures in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(path)}")
+        raise ValueError(f"no pictures in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(source)}")
     found.sort(key=lambda row: row[0].name.encode())
     names = Counter(picture.name for picture, _ in found)
     if len(names) < len(found):
@@ -82,17 +77,15 @@ def list_pictures(source: str | Path) -> PictureList:
     classes = tuple(sorted(label for label in labels if label)) if "" not in labels and len(labels) > 1 else ()
     ids = {label: number for number, label in enumerate(classes)}
     pictures = tuple(
-        Picture(picture.name, picture.path, ids.get(label, -1), picture.offset, picture.size)
+        Picture(picture.name, picture.location, ids.get(label, -1), picture.offset, picture.size)
         for picture, label in found
     )
-    return PictureList(str(source), pictures, classes)
+    return PictureList(source, pictures, classes)
 
 
 def read_bytes(picture: Picture) -> bytes:
     """The file or tar member of a picture."""
-    with open(picture.path, "rb") as file:
-        file.seek(picture.offset)
-        return file.read(picture.size)
+    return storage.read(picture.location, picture.offset, picture.size)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -157,46 +150,78 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _in_folder(folder: Path) -> Iterator[tuple[Picture, str]]:
-    if (folder / "images").is_dir() and ((folder / "labels").is_dir() or (folder / "masks").is_dir()):
-        folder = folder / "images"
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if _is_picture(relative) and path.is_file():
-            yield Picture(relative.as_posix(), path), relative.parts[0] if len(relative.parts) > 1 else ""
+def _is_folder(source: str) -> bool:
+    """Raises FileNotFoundError when there is nothing at `source`."""
+    if storage.is_remote(source):
+        return not storage.is_file(source)
+    if not Path(source).exists():
+        raise FileNotFoundError(f"no pictures at {source}: expected a folder, a text file of paths or a .tar")
+    return Path(source).is_dir()
 
 
-def _is_picture(name: PurePath) -> bool:
+def _in_folder(folder: str) -> Iterator[tuple[Picture, str]]:
+    files = _files(folder)
+    tars = [name for name in files if name.endswith(".tar") and "/" not in name and not name.startswith(".")]
+    if tars:
+        for name in sorted(tars):
+            yield from _in_tar(files[name])
+        return
+    if any(name.startswith("images/") for name in files) and any(
+        name.startswith(("labels/", "masks/")) for name in files
+    ):
+        files = {name.removeprefix("images/"): at for name, at in files.items() if name.startswith("images/")}
+    for name, location in files.items():
+        if _is_picture(name):
+            yield Picture(name, location), name.partition("/")[0] if "/" in name else ""
+
+
+def _files(folder: str) -> dict[str, str]:
+    """Every file under a folder: its name relative to the folder, and where it lies."""
+    if storage.is_remote(folder):
+        root = folder.rstrip("/") + "/"
+        return {location.removeprefix(root): location for location in storage.walk(folder)}
+    paths = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): str(path) for path in paths}
+
+
+def _is_picture(name: str) -> bool:
     """By its suffix alone; what is none is rejected when it is decoded."""
-    return name.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts)
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
-def _in_text(path: Path) -> Iterator[tuple[Picture, str]]:
+def _in_file(source: str) -> Iterator[tuple[Picture, str]]:
+    yield from _in_tar(source) if source.endswith(".tar") else _in_text(source)
+
+
+def _in_text(source: str) -> Iterator[tuple[Picture, str]]:
     try:
-        lines = path.read_text().splitlines()
+        lines = storage.read(source).decode().splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is neither a folder, a .tar nor a text file of paths") from None
+        raise ValueError(f"{source} is neither a folder, a .tar nor a text file of paths") from None
+    folder = source.rpartition("/")[0]
     for number, line in enumerate(lines, start=1):
         name, _, label = line.strip().partition("\t")
         if not name:
             continue
-        if not (path.parent / name).is_file():
-            raise FileNotFoundError(f"{path} line {number} names {name}, which is no file")
-        yield Picture(name, path.parent / name), label
+        location = name if storage.is_remote(name) or name.startswith("/") or not folder else f"{folder}/{name}"
+        if not storage.is_remote(location) and not Path(location).is_file():
+            raise FileNotFoundError(f"{source} line {number} names {name}, which is no file")
+        yield Picture(name, location), label
 
 
-def _in_tar(path: Path) -> Iterator[tuple[Picture, str]]:
+def _in_tar(location: str) -> Iterator[tuple[Picture, str]]:
     try:
-        with tarfile.open(path, "r:") as tar:
+        with storage.open_binary(location) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = [member for member in tar if member.isfile()]
             labels = {_key(m.name): _text(tar, m) for m in members if m.name.endswith(".cls")}
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is no whole, uncompressed tar ({error}); fetch it again or unpack it") from None
+        raise ValueError(f"{location} is no whole, uncompressed tar ({error}); fetch it again or unpack it") from None
+    folder = location.rpartition("/")[2]
     for member in members:
-        name = PurePosixPath(member.name)
-        if _is_picture(name):
-            label = labels.get(_key(member.name)) or (name.parts[0] if len(name.parts) > 1 else "")
-            yield Picture(f"{path.name}/{member.name}", path, -1, member.offset_data, member.size), label
+        if _is_picture(member.name):
+            label = labels.get(_key(member.name)) or (member.name.partition("/")[0] if "/" in member.name else "")
+            yield Picture(f"{folder}/{member.name}", location, -1, member.offset_data, member.size), label
 
 
 def _key(name: str) -> str:
@@ -210,8 +235,8 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     return file.read().decode().strip() if file else ""
 
 
-def _what_is_there(path: Path) -> str:
-    if not path.is_dir():
+def _what_is_there(source: str) -> str:
+    if not _is_folder(source):
         return "nothing of that kind"
-    suffixes = Counter(p.suffix or "no suffix" for p in path.rglob("*") if p.is_file())
+    suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in _files(source))
     return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "an empty folder"

@@ -1,7 +1,10 @@
 """One sample: a picture with its labels, and the bytes of its members."""
 
+import functools
+import math
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
@@ -22,6 +25,7 @@ class LabelledPicture:
     class_id: int
     """-1 without classes."""
     jpeg: bytes
+    """Empty in a label set, whose pictures are another set's."""
     parts: UInt8[np.ndarray, "rows cols"]
     fgrank: UInt16[np.ndarray, "rows cols"]
     """A permutation; 0 = most likely foreground."""
@@ -29,6 +33,8 @@ class LabelledPicture:
     src_height: int
     box: Box
     """The crop in source pixels: x0, y0, x1, y1."""
+    attn: UInt8[np.ndarray, "heads rows cols"] | None = None
+    """Class attention of each head, 255 = the most attended cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +47,19 @@ class Rejected:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What a shard gives back."""
 
     index: int
     key: str
     jpeg: bytes
-    parts: UInt8[np.ndarray, "rows cols"]
-    fgrank: UInt16[np.ndarray, "rows cols"]
+    parts: np.ndarray
+    """uint8 [rows, cols]"""
+    fgrank: np.ndarray
+    """uint16 [rows, cols]"""
     class_id: int
+    attn: np.ndarray | None
+    """uint8 [heads, rows, cols], where it was asked for"""
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -59,22 +68,24 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return npy_header(little.dtype, little.shape) + little.tobytes()
 
 
+@functools.cache
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The only header our members have, so that reading compares bytes instead of parsing."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
     return MAGIC + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11).encode() + b"\n"
 
 
-def from_npy(data: bytes, dtype: str, grid: int) -> np.ndarray:
-    """The grid x grid array in the bytes of a member, without a copy.
+def from_npy(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in the bytes of a member, without a copy.
 
     Raises:
-        ShardError: The header or the length is another one.
+        ValueError: The header or the length is another one.
     """
-    kind = np.dtype(dtype)
-    if data[:HEADER] != npy_header(kind, (grid, grid)) or len(data) != HEADER + grid * grid * kind.itemsize:
-        raise ShardError(f"expected a {grid}x{grid} .npy of {kind.name}, got {len(data)} bytes with another header")
-    return np.frombuffer(data, kind, offset=HEADER).reshape(grid, grid)
+    header = npy_header(dtype, shape)
+    if not data.startswith(header) or len(data) != HEADER + math.prod(shape) * dtype.itemsize:
+        size = "x".join(map(str, shape))
+        raise ValueError(f"is no {size} .npy of {dtype.name}: {len(data)} bytes with another header")
+    return np.frombuffer(data, dtype, offset=HEADER).reshape(shape)
 
 
 def check_labels(parts: np.ndarray, fgrank: np.ndarray, *, groups: int, name: str) -> None:

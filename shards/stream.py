@@ -2,45 +2,21 @@
 
 Position p counts samples since the start: sample p is the (p mod N)-th of epoch (p div N). A rank takes its
 contiguous block of every global batch, so the samples of a step do not depend on how many ranks there are. The
-state is p, and nothing else.
+state is p, with the names of what it is a position in.
 """
 
-import io
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt16
-from PIL import Image
 
-from shards.dataset import ShardSet
-from shards.errors import ShardError
+from shards.batches import Batch, Place, Reader, View
+from shards.decode import assert_decoders_agree
 from shards.order import Epochs
+from shards.shard_set import ShardSet
 
-try:
-    import simplejpeg
-except ImportError:  # a machine with its own stack: Pillow decodes to the same bits, at two thirds of the speed
-    simplejpeg = None
-
-Place = tuple[np.ndarray, np.ndarray, int]
-"""Indices, epochs and position of a batch to be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Pictures and labels of one step of one rank."""
-
-    images: UInt8[np.ndarray, "batch height width 3"]
-    parts: UInt8[np.ndarray, "batch rows cols"]
-    fgrank: UInt16[np.ndarray, "batch rows cols"]
-    class_ids: Int64[np.ndarray, " batch"]
-    indices: Int64[np.ndarray, " batch"]
-    epochs: Int64[np.ndarray, " batch"]
-    position: int
-    """Samples that all ranks took before this batch."""
+STATE_VERSION = 1
 
 
 class Stream:
@@ -49,9 +25,16 @@ class Stream:
     Threads decode ahead into preallocated batches (the decoder releases the GIL); nothing is pickled, and nothing
     is left behind by a kill.
 
+    Args:
+        window: Shards shuffled together; 0 = all of them. Small windows suit slow or remote disks.
+        flip, crop_scale: See `View`.
+        attention: Give the stored class attention too.
+        substitutes: Damaged samples that may be replaced by their neighbours, told on stderr, before the stream
+            stops; 0 stops at the first.
+
     Raises:
-        ValueError: The ranks do not divide the batch.
-        ShardError: While iterating: a sample is damaged (shard, key and offset are named).
+        ValueError: The ranks do not divide the batch, or a stage is too small for the window.
+        ShardError: A shard is missing; while iterating: a sample is damaged (shard, key and offset are named).
     """
 
     def __init__(
@@ -60,97 +43,72 @@ class Stream:
         *,
         batch_size: int,
         seed: int,
+        window: int = 0,
+        flip: bool = False,
+        crop_scale: float = 1.0,
+        attention: bool = False,
         rank: int = 0,
         world_size: int = 1,
         position: int = 0,
         threads: int = 2,
         prefetch: int = 2,
+        substitutes: int = 0,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple")
-        self.shards, self.batch_size, self.position = shards, batch_size, position
+        assert_decoders_agree()
+        shards.refuse_missing()
+        self.shards, self.batch_size, self.seed, self.position = shards, batch_size, seed, position
         self.local = batch_size // world_size
         self.first = rank * self.local
         self.threads, self.prefetch = threads, prefetch
-        self._epochs = Epochs(len(shards), seed=seed)
+        self._reader = Reader(shards, View(flip, crop_scale, seed), attention, substitutes)
+        self._epochs = Epochs(shards.shard_sizes, seed=seed, window=window)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Where a run is that has used the samples before `position`: the same on every rank."""
+        return {
+            "version": STATE_VERSION,
+            "position": position,
+            "seed": self.seed,
+            "order": self._epochs.name,
+            "fingerprint": self.shards.identity,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on any number of ranks.
+
+        Raises:
+            ValueError: It was taken from other shards, labels, seed or order.
+        """
+        ours = self.state(state["position"])
+        differing = [
+            f"{name} was {state.get(name)}, now {ours[name]}" for name in ours if state.get(name) != ours[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"this run was fed by another stream ({'; '.join(differing)}); give it the same --data, --labels, "
+                "--seed and --window, or choose another --out"
+            )
+        self.position = state["position"]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        return _decoded(self.shards, self._places(), threads=self.threads, prefetch=self.prefetch)
+        stage = self.shards.stage
+        if stage:
+            stage.follow(self._epochs.windows(self.position), window=self._epochs.window)
+        batches = self._reader.decoded(self._places(), threads=self.threads, prefetch=self.prefetch)
+        try:
+            for batch in batches:
+                if stage:
+                    stage.reached(batch.position)
+                yield batch
+        finally:
+            batches.close()
+            if stage:
+                stage.close()
 
     def _places(self) -> Iterator[Place]:
         """This rank's block of every global batch."""
         for position in count(self.position, self.batch_size):
             block = np.arange(position + self.first, position + self.first + self.local)
             yield *self._epochs.at(block), position
-
-
-def in_order(shards: ShardSet, *, batch_size: int, threads: int = 2) -> Generator[Batch, None, None]:
-    """Every sample once, by index; the last batch may be short."""
-    blocks = (np.arange(start, min(start + batch_size, len(shards))) for start in range(0, len(shards), batch_size))
-    places = ((block, np.zeros_like(block), int(block[0])) for block in blocks)
-    return _decoded(shards, places, threads=threads, prefetch=1)
-
-
-def decode_jpeg_into(jpeg: bytes, row: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Decode a JPEG into `row`; ValueError when it is broken or of another size."""
-    if simplejpeg is None:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    else:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-        if (height, width) == row.shape[:2]:
-            simplejpeg.decode_jpeg(jpeg, buffer=row)
-            return
-        pixels = np.empty((int(height), int(width), 3), np.uint8)
-    if pixels.shape != row.shape:
-        raise ValueError(f"the picture is {pixels.shape[1]}x{pixels.shape[0]}, expected {row.shape[1]}x{row.shape[0]}")
-    row[:] = pixels
-
-
-def _decoded(shards: ShardSet, places: Iterable[Place], *, threads: int, prefetch: int) -> Generator[Batch, None, None]:
-    """The batches at `places`; `prefetch` further ones are decoded meanwhile."""
-    ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
-        try:
-            for place in places:
-                ahead.append(_submit(pool, shards, place, threads))
-                if len(ahead) > prefetch:
-                    yield _ready(*ahead.popleft())
-            while ahead:
-                yield _ready(*ahead.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: ThreadPoolExecutor, shards: ShardSet, place: Place, threads: int) -> tuple[Batch, list[Future[None]]]:
-    """An empty batch, and the tasks that fill it: a slice of its rows for each thread."""
-    indices, epochs, position = place
-    rows, grid = len(indices), shards.grid
-    batch = Batch(
-        images=np.empty((rows, shards.size, shards.size, 3), np.uint8),
-        parts=np.empty((rows, grid, grid), np.uint8),
-        fgrank=np.empty((rows, grid, grid), np.uint16),
-        class_ids=shards.class_ids[indices],
-        indices=indices,
-        epochs=epochs,
-        position=position,
-    )
-    slices = [range(first, rows, threads) for first in range(min(threads, rows))]
-    return batch, [pool.submit(_fill, batch, slice_, shards) for slice_ in slices]
-
-
-def _fill(batch: Batch, rows: range, shards: ShardSet) -> None:
-    for row in rows:
-        index = int(batch.indices[row])
-        try:
-            sample = shards.read(index)
-            decode_jpeg_into(sample.jpeg, batch.images[row])
-        except (ValueError, OSError) as error:
-            raise ShardError(f"{shards.where(index)} cannot be read: {error}") from error
-        batch.parts[row], batch.fgrank[row] = sample.parts, sample.fgrank
-
-
-def _ready(batch: Batch, tasks: list[Future[None]]) -> Batch:
-    for task in tasks:
-        task.result()
-    return batch

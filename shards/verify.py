@@ -6,17 +6,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file
-from shards.dataset import ShardSet, fingerprint
-from shards.errors import ShardError
+from shards.dataset import fingerprint
+from shards.decode import decode_jpeg_into
+from shards.errors import SampleError, ShardError
+from shards.index import load_rows
 from shards.sample import HEADER, check_labels
-from shards.stream import decode_jpeg_into
+from shards.shard_set import ShardSet, read_info
 from shards.writer import BLOCK, shard_paths
 
 
@@ -50,43 +52,58 @@ def verify(path: str | Path, level: Literal["fast", "hash", "deep"] = "fast") ->
     """Every fault of the set in `path`, in shard order; each level does what those before it do.
 
     Raises:
-        FileNotFoundError, ShardError: There is no whole set to look at (see `ShardSet.open`).
+        FileNotFoundError, ShardError: There is no finished set to look at: no folder, or no whole dataset.json.
     """
-    with ShardSet.open(path) as shards:
-        faults = list(_whole(shards))
-        for number in range(len(shards.info["shards"])):
-            sizes = list(_sizes(shards, number))
-            faults += sizes
-            if not sizes and level != "fast":
-                faults += _digests(shards, number)
-            if level == "deep" and shard_paths(shards.path, number)[0].is_file():
-                faults += _members(shards, number)
-                faults += _samples(shards, number)
-        return faults
+    folder = Path(path)
+    info = read_info(folder)
+    faults = list(_whole(folder, info))
+    indexed = not any(fault.shard == "index.parquet" for fault in faults)
+    if not indexed and level == "deep":
+        faults.append(Fault("index.parquet", "", -1, "samples cannot be looked at without it; repair it first"))
+    for number in range(len(info["shards"])):
+        sizes = list(_sizes(folder, info, number))
+        faults += sizes
+        if not sizes and level != "fast":
+            faults += _digests(folder, info, number)
+    if level == "deep" and indexed:
+        with ShardSet.open(folder) as shards:
+            for number in range(len(info["shards"])):
+                if shard_paths(folder, number)[0].is_file():
+                    faults += _members(shards, number)
+                    faults += _samples(shards, number)
+    return sorted(faults, key=lambda fault: fault.shard.partition(".")[0].isdigit() and int(fault.shard[:6]) + 1)
 
 
-def _whole(shards: ShardSet) -> Iterator[Fault]:
+def _whole(folder: Path, info: dict[str, Any]) -> Iterator[Fault]:
     """What dataset.json says against itself, the merged index and the list of rejects."""
-    if fingerprint(shards.info) != shards.fingerprint:
+    if fingerprint(info) != info["fingerprint"]:
         yield Fault("dataset.json", "", -1, "the fingerprint does not fit its contents")
-    counts = [shard["samples"] for shard in shards.info["shards"]]
-    if not len(shards) == sum(counts) == shards.info["samples"]:
-        yield Fault("index.parquet", "", -1, f"has {len(shards)} rows, expected {shards.info['samples']}")
-    if len(set(shards.keys)) < len(shards):
-        yield Fault("index.parquet", "", -1, "holds a key twice")
+    if sum(shard["samples"] for shard in info["shards"]) != info["samples"]:
+        yield Fault("dataset.json", "", -1, f"its shards do not hold the {info['samples']} samples it tells of")
+    index = folder / "index.parquet"
+    if not index.is_file():
+        yield Fault(index.name, "", -1, "is missing")
+    elif sha256_file(index) != info["index_sha256"]:
+        yield Fault(index.name, "", -1, "is not the one dataset.json names")
+    else:
+        keys = load_rows(index)["key"]
+        if len(keys) != info["samples"]:
+            yield Fault(index.name, "", -1, f"has {len(keys)} rows, expected {info['samples']}")
+        if len(np.unique(keys)) < len(keys):
+            yield Fault(index.name, "", -1, "holds a key twice")
     try:
-        rows = pq.read_metadata(shards.path / "rejected.parquet").num_rows
+        rows = pq.read_metadata(folder / "rejected.parquet").num_rows
     except (OSError, pa.ArrowException) as error:
         yield Fault("rejected.parquet", "", -1, f"cannot be read: {error}")
     else:
-        if rows != shards.info["rejected"]:
-            yield Fault("rejected.parquet", "", -1, f"has {rows} rows, expected {shards.info['rejected']}")
+        if rows != info["rejected"]:
+            yield Fault("rejected.parquet", "", -1, f"has {rows} rows, expected {info['rejected']}")
 
 
-def _sizes(shards: ShardSet, number: int) -> Iterator[Fault]:
+def _sizes(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
     """The files of a shard against its sidecar, and that against dataset.json."""
-    tar, index, sidecar = shard_paths(shards.path, number)
-    told = shards.info["shards"][number]
+    tar, index, sidecar = shard_paths(folder, number)
+    told = info["shards"][number]
     expected = {tar: told["bytes"]}
     try:
         written = read_json(sidecar)
@@ -104,10 +121,10 @@ def _sizes(shards: ShardSet, number: int) -> Iterator[Fault]:
             yield Fault(path.name, "", path.stat().st_size, f"has {path.stat().st_size} bytes, expected {size}")
 
 
-def _digests(shards: ShardSet, number: int) -> Iterator[Fault]:
-    tar, index, sidecar = shard_paths(shards.path, number)
+def _digests(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
+    tar, index, sidecar = shard_paths(folder, number)
     for path, expected in (
-        (tar, shards.info["shards"][number]["sha256"]),
+        (tar, info["shards"][number]["sha256"]),
         (index, read_json(sidecar)["index"]["sha256"]),
     ):
         if sha256_file(path) != expected:
@@ -139,15 +156,18 @@ def _walk(path: Path) -> list[Member]:
 
 def _meant(shards: ShardSet, number: int) -> Iterator[Member]:
     """The members as the index tells them."""
-    told, keys = shards.info["shards"][number], shards.keys
+    told, keys, cells = shards.info["shards"][number], shards.keys, shards.grid**2
     for index in range(told["first_index"], told["first_index"] + told["samples"]):
         key, row = keys[index], shards.row(index)
-        yield Member(f"{key}.jpg", row["jpg_offset"], row["jpg_size"])
-        if row["class_id"] >= 0:
-            text = str(row["class_id"]).encode()
-            yield Member(f"{key}.cls", row["parts_offset"] - 2 * BLOCK, len(text), text)
-        yield Member(f"{key}.parts.npy", row["parts_offset"], HEADER + shards.grid**2)
-        yield Member(f"{key}.fgrank.npy", row["fgrank_offset"], row["span_end"] - row["fgrank_offset"])
+        if row.jpg_size:
+            yield Member(f"{key}.jpg", row.begin, row.jpg_size)
+            if row.class_id >= 0:
+                text = str(row.class_id).encode()
+                yield Member(f"{key}.cls", row.begin + row.parts - 2 * BLOCK, len(text), text)
+        yield Member(f"{key}.parts.npy", row.begin + row.parts, HEADER + cells)
+        yield Member(f"{key}.fgrank.npy", row.begin + row.fgrank, HEADER + 2 * cells)
+        if shards.heads:
+            yield Member(f"{key}.attn.npy", row.begin + row.attn, HEADER + shards.heads * cells)
 
 
 def _samples(shards: ShardSet, number: int) -> Iterator[Fault]:
@@ -156,8 +176,11 @@ def _samples(shards: ShardSet, number: int) -> Iterator[Fault]:
     first, keys = shards.info["shards"][number]["first_index"], shards.keys
     for index in range(first, first + shards.info["shards"][number]["samples"]):
         try:
-            sample = shards.read(index)
+            sample = shards.read(index, attention=shards.heads > 0)
             check_labels(sample.parts, sample.fgrank, groups=shards.groups, name=sample.key)
-            decode_jpeg_into(sample.jpeg, pixels)
+            if sample.jpeg:
+                decode_jpeg_into(sample.jpeg, pixels)
+        except SampleError as error:
+            yield Fault(f"{number:06d}.tar", keys[index], error.offset, str(error))
         except (ShardError, ValueError, OSError) as error:
-            yield Fault(f"{number:06d}.tar", keys[index], shards.offset(index), str(error))
+            yield Fault(f"{number:06d}.tar", keys[index], shards.row(index).begin, str(error))

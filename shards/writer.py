@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 import tarfile
 import uuid
@@ -11,29 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from shards.atomic import sync_folder, write_json, write_whole
+from shards.index import BOX, MEMBERS, table_bytes, table_of
 from shards.sample import LabelledPicture, Rejected, check_labels, npy_bytes
 
 BLOCK, RECORD = 512, 10_240
-COLUMNS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("class_id", pa.int32()),
-        ("src_width", pa.int32()),
-        ("src_height", pa.int32()),
-        *((side, pa.float32()) for side in ("x0", "y0", "x1", "y1")),
-        ("jpg_offset", pa.uint64()),
-        ("jpg_size", pa.uint32()),
-        ("parts_offset", pa.uint64()),
-        ("fgrank_offset", pa.uint64()),
-        ("span_end", pa.uint64()),
-        *((f"crc32_{member}", pa.uint32()) for member in ("jpg", "parts", "fgrank")),
-    ]
-)
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
@@ -76,14 +57,13 @@ def write_shard(
         aside.unlink(missing_ok=True)
         raise
     sync_folder(tar.parent)
-    table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=COLUMNS), table, compression="zstd")
-    write_whole(index, table.getvalue())
+    table = table_bytes(table_of(rows))
+    write_whole(index, table)
     committed = {
         "plan": plan_digest,
         "samples": len(rows),
         "tar": {"bytes": writer.offset, "sha256": writer.digest.hexdigest()},
-        "index": {"bytes": table.tell(), "sha256": hashlib.sha256(table.getvalue()).hexdigest()},
+        "index": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},
         "rejected": [dataclasses.asdict(one) for one in rejected],
     }
     write_json(sidecar, committed)
@@ -119,25 +99,26 @@ class _TarWriter:
 def _write_sample(writer: _TarWriter, sample: LabelledPicture, groups: int) -> dict[str, Any]:
     """The members of a sample side by side, and its row of the index."""
     check_labels(sample.parts, sample.fgrank, groups=groups, name=sample.source)
-    parts, fgrank = npy_bytes(sample.parts), npy_bytes(sample.fgrank)
-    jpg_offset = writer.add(f"{sample.key}.jpg", sample.jpeg)
-    if sample.class_id >= 0:
-        writer.add(f"{sample.key}.cls", str(sample.class_id).encode())
-    parts_offset = writer.add(f"{sample.key}.parts.npy", parts)
-    fgrank_offset = writer.add(f"{sample.key}.fgrank.npy", fgrank)
-    row = {
+    row: dict[str, Any] = {
         "key": sample.key,
         "source": sample.source,
         "class_id": sample.class_id,
         "src_width": sample.src_width,
         "src_height": sample.src_height,
-        "jpg_offset": jpg_offset,
+        "jpg_offset": 0,
         "jpg_size": len(sample.jpeg),
-        "parts_offset": parts_offset,
-        "fgrank_offset": fgrank_offset,
-        "span_end": fgrank_offset + len(fgrank),
         "crc32_jpg": zlib.crc32(sample.jpeg),
-        "crc32_parts": zlib.crc32(parts),
-        "crc32_fgrank": zlib.crc32(fgrank),
     }
-    return row | dict(zip(("x0", "y0", "x1", "y1"), sample.box, strict=True))
+    if sample.jpeg:
+        row["jpg_offset"] = writer.add(f"{sample.key}.jpg", sample.jpeg)
+        if sample.class_id >= 0:
+            writer.add(f"{sample.key}.cls", str(sample.class_id).encode())
+    for member in MEMBERS:
+        array = getattr(sample, member)
+        data = b"" if array is None else npy_bytes(array)
+        row[f"{member}_offset"] = writer.add(f"{sample.key}.{member}.npy", data) if data else 0
+        row[f"crc32_{member}"] = zlib.crc32(data)
+        if data:
+            row["span_end"] = row[f"{member}_offset"] + len(data)
+    row["jpg_offset"] = row["jpg_offset"] or row["parts_offset"]
+    return row | dict(zip(BOX, sample.box, strict=True))

@@ -11,8 +11,9 @@ from PIL import Image
 
 from partlearn.config import LearnConfig
 from partlearn.learn import learn
-from shards.dataset import ShardSet, finalise, open_plan
+from shards.dataset import finalise, open_plan
 from shards.sample import LabelledPicture
+from shards.shard_set import ShardSet
 from shards.writer import write_shard
 from training.config import RunConfig
 

@@ -59,7 +59,8 @@ def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
     learn(config(photos, tmp_path / "run"))
     labeller = Labeller(tmp_path / "run", precision="fp32")
 
-    parts, fgrank = labeller(np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3)).astype(np.uint8))
+    labels = labeller(np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3)).astype(np.uint8))
+    parts, fgrank = labels.parts, labels.fgrank
 
     assert labeller.groups == 4
     assert parts.shape == (5, 4, 4)
@@ -71,7 +72,7 @@ def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
     learn(config(photos, tmp_path / "run", **LITERAL))
     labeller = Labeller(tmp_path / "run")
 
-    parts, _ = labeller(np.zeros((2, 64, 64, 3), np.uint8))
+    parts = labeller(np.zeros((2, 64, 64, 3), np.uint8)).parts
 
     assert labeller.groups == 3
     assert parts.max() < 3

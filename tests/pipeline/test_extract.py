@@ -15,7 +15,7 @@ from PIL import Image
 
 from partlearn.config import ExtractConfig
 from pipeline.extract import extract
-from shards.dataset import ShardSet
+from shards.shard_set import ShardSet
 from shards.verify import verify
 from training.checkpoint import CheckpointError
 from training.config import RunConfig

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from training import checkpoint
-from training.config import RunConfig
 
 SETTINGS = {
     "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
@@ -21,7 +20,7 @@ SETTINGS = {
 
 
 def config(data: Path, out: Path) -> PretrainConfig:
-    run = RunConfig(out=out, device="cpu", precision="fp32")
+    run = StreamRun(out=out, device="cpu", precision="fp32")
     return PretrainConfig(data=str(data), run=run, **SETTINGS)
 
 
@@ -29,9 +28,8 @@ def test_a_terminated_run_resumes_to_the_same_weights(make_shards, tmp_path):
     data, killed = make_shards().path, tmp_path / "killed"
     script = tmp_path / "one.py"
     script.write_text(
-        "from pathlib import Path\nfrom pretrain.config import PretrainConfig\nfrom pretrain.train import pretrain\n"
-        "from training.config import RunConfig\n"
-        f"run = RunConfig(out=Path({str(killed)!r}), device='cpu', precision='fp32', checkpoint_minutes=0)\n"
+        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\nfrom pretrain.train import pretrain\n"
+        f"run = StreamRun(out=Path({str(killed)!r}), device='cpu', precision='fp32', checkpoint_minutes=0)\n"
         f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{SETTINGS!r}))\n"
     )
     process = subprocess.Popen(

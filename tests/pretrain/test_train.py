@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import PretrainConfig
-from pretrain.masks import flipped, mask_batch
+from pretrain.config import PretrainConfig, StreamRun
+from pretrain.masks import mask_batch
 from pretrain.train import pretrain
+from shards.batches import Batch
 from shards.errors import ShardError
-from shards.stream import Batch
 from training import checkpoint
-from training.config import RunConfig
 from training.metrics import read_metrics
 
 TINY = {
@@ -26,7 +25,7 @@ TINY = {
 
 
 def config(data: Path, out: Path, **changes) -> PretrainConfig:
-    run = RunConfig(out=out, device="cpu", precision="fp32")
+    run = StreamRun(out=out, device="cpu", precision="fp32")
     return PretrainConfig(data=str(data), run=run, **TINY | changes)
 
 
@@ -63,9 +62,8 @@ def test_two_ranks_equal_one_on_the_joined_batch(make_shards, tmp_path):
     pretrain(config(data, tmp_path / "one"), stop_after_steps=3)
     script = tmp_path / "rank.py"
     script.write_text(
-        "from pathlib import Path\nfrom pretrain.config import PretrainConfig\nfrom pretrain.train import pretrain\n"
-        "from training.config import RunConfig\n"
-        f"run = RunConfig(out=Path({str(tmp_path / 'two')!r}), device='cpu', precision='fp32')\n"
+        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\nfrom pretrain.train import pretrain\n"
+        f"run = StreamRun(out=Path({str(tmp_path / 'two')!r}), device='cpu', precision='fp32')\n"
         f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{TINY!r}), stop_after_steps=3)\n"
     )
 
@@ -156,23 +154,6 @@ def painted_batch(count: int = 8, grid: int = 4, cell: int = 8) -> Batch:
     ranks = np.stack([random.permutation(grid * grid) for _ in range(count)]).astype(np.uint16)
     indices = np.arange(count)
     return Batch(images, parts, ranks.reshape(count, grid, grid), indices, indices, np.zeros(count, np.int64), 0)
-
-
-def test_labels_follow_a_flipped_picture(tmp_path):
-    batch = painted_batch()
-
-    masked = mask_batch(batch, config(tmp_path, tmp_path), side=4, groups=5, alpha=0.3)
-
-    corners = masked.images[:, ::8, ::8, 0].flatten(1)
-    assert torch.equal(corners.long(), 20 * masked.labels)
-    mirrored = (masked.images != torch.from_numpy(batch.images)).flatten(1).any(1)
-    assert 0 < mirrored.sum() < len(mirrored)
-
-
-def test_flipping_twice_is_nothing():
-    images, chosen = torch.randn(3, 4, 4, 2), torch.tensor([True, False, True])
-
-    assert torch.equal(flipped(flipped(images, chosen), chosen), images)
 
 
 def test_a_kept_quarter_is_masked_by_its_own_counts(tmp_path):

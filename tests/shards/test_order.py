@@ -48,7 +48,7 @@ def test_draws_are_uniform_and_depend_on_their_whole_key():
 @settings(deadline=None)
 @given(count=counts, batch_size=st.integers(1, 400), seed=st.integers(0, 9))
 def test_every_index_comes_once_an_epoch_in_batches_of_any_size(count, batch_size, seed):
-    epochs = Epochs(count, seed=seed)
+    epochs = Epochs(np.array([count]), seed=seed)
     starts = range(0, 3 * count, batch_size)
 
     batches = [epochs.at(np.arange(start, start + batch_size)) for start in starts]
@@ -62,10 +62,10 @@ def test_every_index_comes_once_an_epoch_in_batches_of_any_size(count, batch_siz
 @given(count=counts, local=st.integers(1, 40), world_size=st.integers(1, 8), step=st.integers(0, 10**9))
 def test_the_blocks_of_the_ranks_are_the_batch_of_one(count, local, world_size, step):
     first = step * local * world_size
-    alone = Epochs(count, seed=3).at(np.arange(first, first + local * world_size))
+    alone = Epochs(np.array([count]), seed=3).at(np.arange(first, first + local * world_size))
 
     ranks = [
-        Epochs(count, seed=3).at(np.arange(first + rank * local, first + (rank + 1) * local))
+        Epochs(np.array([count]), seed=3).at(np.arange(first + rank * local, first + (rank + 1) * local))
         for rank in range(world_size)
     ]
 
@@ -76,10 +76,10 @@ def test_the_blocks_of_the_ranks_are_the_batch_of_one(count, local, world_size, 
 @settings(deadline=None)
 @given(count=counts, positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
 def test_the_past_does_not_matter(count, positions):
-    used, places = Epochs(count, seed=0), np.arange(7)
+    used, places = Epochs(np.array([count]), seed=0), np.arange(7)
 
     for position in positions:
-        fresh = Epochs(count, seed=0)
+        fresh = Epochs(np.array([count]), seed=0)
         assert np.array_equal(used.at(places + position), fresh.at(places + position))
 
 

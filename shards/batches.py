@@ -1,0 +1,190 @@
+"""Batches filled from shards on threads: pictures decoded in place, labels beside them, both altered together."""
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8, UInt16
+
+from shards.crops import crop_cells, crop_into, draw_boxes, draw_flips, ranked_anew
+from shards.decode import decode_jpeg_into, decode_mirrored_into
+from shards.errors import SampleError, ShardError
+from shards.sample import Sample
+from shards.shard_set import ShardSet
+
+HOPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures and labels of one step of one rank."""
+
+    images: UInt8[np.ndarray, "batch height width 3"]
+    parts: UInt8[np.ndarray, "batch rows cols"]
+    fgrank: UInt16[np.ndarray, "batch rows cols"]
+    class_ids: Int64[np.ndarray, " batch"]
+    indices: Int64[np.ndarray, " batch"]
+    epochs: Int64[np.ndarray, " batch"]
+    position: int
+    """Samples that all ranks took before this batch."""
+    attn: UInt8[np.ndarray, "batch heads rows cols"] | None = None
+    """Class attention of each head, where the stream was asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a picture and its labels are altered together; every draw is keyed by (seed, epoch, picture)."""
+
+    flip: bool = False
+    """Mirror every other picture."""
+    crop_scale: float = 1.0
+    """Least share of the area that a random resized crop keeps; 1 = no crop."""
+    seed: int = 0
+
+    def draw(self, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int) -> "Draws":
+        """What is done to each picture of a batch."""
+        crops = self.crop_scale < 1
+        return Draws(
+            draw_flips(self.seed, epochs, indices) if self.flip else None,
+            draw_boxes(self.seed, epochs, indices, size=size, scale=self.crop_scale) if crops else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Which pictures of a batch are mirrored, and the box (x0, y0, width, height) that is kept of each."""
+
+    flips: Bool[np.ndarray, " batch"] | None
+    boxes: Int64[np.ndarray, "batch 4"] | None
+
+
+STORED = View()
+"""Pictures and labels as they are stored."""
+
+
+Place = tuple[np.ndarray, np.ndarray, int]
+"""Indices, epochs and position of a batch to be."""
+
+
+@dataclass(slots=True)
+class Reader:
+    """Fills batches from shards, on threads."""
+
+    shards: ShardSet
+    view: View
+    attention: bool
+    substitutes: int
+    replaced: dict[int, int] = field(default_factory=dict)
+    """Damaged samples met so far, and what stood in for them."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def decoded(self, places: Iterable[Place], *, threads: int, prefetch: int) -> Generator[Batch, None, None]:
+        """The batches at `places`; `prefetch` further ones are decoded meanwhile."""
+        ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
+            try:
+                for place in places:
+                    ahead.append(self._submit(pool, place, threads))
+                    if len(ahead) > prefetch:
+                        yield _ready(*ahead.popleft())
+                while ahead:
+                    yield _ready(*ahead.popleft())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, place: Place, threads: int) -> tuple[Batch, list[Future[None]]]:
+        """An empty batch, and the tasks that fill it: a slice of its rows for each thread."""
+        indices, epochs, position = place
+        shards, rows = self.shards, len(indices)
+        square = (shards.grid, shards.grid)
+        batch = Batch(
+            images=np.empty((rows, shards.size, shards.size, 3), np.uint8),
+            parts=np.empty((rows, *square), np.uint8),
+            fgrank=np.empty((rows, *square), np.uint16),
+            class_ids=np.empty(rows, np.int64),
+            indices=indices,
+            epochs=epochs,
+            position=position,
+            attn=np.empty((rows, shards.heads, *square), np.uint8) if self.attention else None,
+        )
+        draws = self.view.draw(epochs, indices, size=shards.size)
+        slices = [range(first, rows, threads) for first in range(min(threads, rows))]
+        return batch, [pool.submit(self._fill, batch, draws, slice_) for slice_ in slices]
+
+    def _fill(self, batch: Batch, draws: Draws, rows: range) -> None:
+        scratch = np.empty((2, *batch.images.shape[1:]), np.uint8)
+        for row in rows:
+            self._read_into(batch, row, draws, scratch)
+
+    def _read_into(self, batch: Batch, row: int, draws: Draws, scratch: np.ndarray) -> None:
+        """One picture and its labels; or its neighbour's, where that is allowed and it is damaged."""
+        wanted = int(batch.indices[row])
+        for hop in range(HOPS if self.substitutes else 1):
+            index = (wanted + hop) % len(self.shards)
+            try:
+                sample = self.shards.read(index, attention=self.attention)
+                try:
+                    _place(sample, batch, row, draws, scratch)
+                except (ValueError, OSError) as error:
+                    raise self.shards.damaged(index, str(error)) from error
+            except SampleError as error:
+                self._count(wanted, index, error)
+            else:
+                return
+        raise ShardError(
+            f"the {HOPS} samples from index {wanted} on are all damaged; run `verify` on {self.shards.path}"
+        )
+
+    def _count(self, wanted: int, damaged: int, error: SampleError) -> None:
+        """Tell of a damaged sample once, and stop where there are too many."""
+        with self._lock:
+            if damaged not in self.replaced:
+                self.replaced[damaged] = (damaged + 1) % len(self.shards)
+                if self.substitutes and len(self.replaced) <= self.substitutes:
+                    print(
+                        f"{error}; its neighbour stands in ({len(self.replaced)} of {self.substitutes})",
+                        file=sys.stderr,
+                    )
+            if len(self.replaced) > self.substitutes:
+                raise error
+
+
+def _place(
+    sample: Sample, batch: Batch, row: int, draws: Draws, scratch: UInt8[np.ndarray, "2 height width 3"]
+) -> None:
+    """Decode a sample into its row; mirrored and cropped where that was drawn."""
+    flip = draws.flips is not None and bool(draws.flips[row])
+    image, size = batch.images[row], batch.images.shape[1]
+    whole = image if draws.boxes is None else scratch[0]
+    if flip:
+        decode_mirrored_into(sample.jpeg, whole, scratch[1])
+    else:
+        decode_jpeg_into(sample.jpeg, whole)
+    labels = {"parts": sample.parts, "fgrank": sample.fgrank}
+    if sample.attn is not None:
+        labels["attn"] = sample.attn
+    if draws.boxes is not None:
+        x0, y0, width, height = draws.boxes[row].tolist()
+        crop_into(whole, (size - x0 - width if flip else x0, y0, width, height), image)
+        labels = {name: crop_cells(cells, (x0, y0, width, height), size=size) for name, cells in labels.items()}
+        labels["fgrank"] = ranked_anew(labels["fgrank"])
+    for name, cells in labels.items():
+        getattr(batch, name)[row] = cells[..., ::-1] if flip else cells
+    batch.class_ids[row] = sample.class_id
+
+
+def _ready(batch: Batch, tasks: list[Future[None]]) -> Batch:
+    for task in tasks:
+        task.result()
+    return batch
+
+
+def in_order(shards: ShardSet, *, batch_size: int, threads: int = 2) -> Generator[Batch, None, None]:
+    """Every sample once, by index; the last batch may be short."""
+    blocks = (np.arange(start, min(start + batch_size, len(shards))) for start in range(0, len(shards), batch_size))
+    places = ((block, np.zeros_like(block), int(block[0])) for block in blocks)
+    return Reader(shards, STORED, False, 0).decoded(places, threads=threads, prefetch=1)

@@ -1,0 +1,261 @@
+"""Reading a whole shard set: one `pread` a sample, every checksum compared, safe from any thread."""
+
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards import storage
+from shards.atomic import read_json, sha256_file
+from shards.errors import SampleError, ShardError
+from shards.index import Row, load_rows, read_column
+from shards.sample import HEADER, Sample, from_npy
+from shards.stage import Stage
+from shards.writer import shard_paths
+
+FORMAT, VERSION = "semmae-shards", 1
+MOST_OPEN = 256
+"""Tars kept open; a process may usually open 1,024 files, and a set may have more shards than that."""
+AGAIN = "run `verify --repair` on the set"
+OTHER_BYTES = "is damaged: its checksum differs"
+PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
+
+
+class ShardSet:
+    """An open, whole shard set; with `labels`, the labels come from a label set over the same pictures."""
+
+    def __init__(self, path: Path, info: dict[str, Any], rows: np.ndarray, stage: Stage | None):
+        self.path, self.info, self.stage = path, info, stage
+        self.size, self.grid, self.groups = int(info["size"]), int(info["grid"]), int(info["groups"])
+        self.heads = int(info.get("heads", 0))
+        self.classes: tuple[str, ...] = tuple(info["classes"])
+        self.fingerprint: str = info["fingerprint"]
+        self.labels: ShardSet | None = None
+        self._rows = rows
+        self._square = (self.grid, self.grid)
+        self._parts_bytes = HEADER + self.grid**2
+        self._fgrank_bytes = HEADER + 2 * self.grid**2
+        self._attn_bytes = HEADER + self.heads * self.grid**2
+        self._files: dict[int, OpenFile] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        labels: str | Path | None = None,
+        stage: str | Path | None = None,
+        stage_bytes: int = 50_000_000_000,
+    ) -> "ShardSet":
+        """Open the set in `path`, a folder or a URI.
+
+        Args:
+            labels: A label set over it: a folder, or the name of one in `path`/labels.
+            stage: Local folder into which the shards are copied, with checksums, before they are read.
+            stage_bytes: Most that the copies may take there.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            ValueError: The set is remote and no `stage` is given, or the labels are of other pictures.
+            ShardError: The set is not finished, of another format, or its index is not the one it names.
+        """
+        if stage is None and storage.is_remote(path):
+            raise ValueError(f"{path} is remote: name with --stage a folder on a local disk for copies of its shards")
+        copies = None if stage is None else Stage(str(path), Path(stage), stage_bytes)
+        folder = copies.folder if copies else Path(path)
+        info = read_info(folder)
+        index = folder / "index.parquet"
+        if not index.is_file() or sha256_file(index) != info["index_sha256"]:
+            raise ShardError(f"{index} is missing or not the one dataset.json names; {AGAIN}")
+        if copies:
+            copies.expect(info["shards"])
+        opened = cls(folder, info, load_rows(index), copies)
+        if labels is not None:
+            named = Path(path) / "labels" / labels
+            opened._take_labels(named if named.is_dir() else labels)
+        return opened
+
+    def _take_labels(self, folder: str | Path) -> None:
+        theirs = ShardSet.open(folder)
+        if theirs.info.get("labels_of") != self.fingerprint:
+            raise ValueError(
+                f"the labels in {folder} belong to the shard set {theirs.info.get('labels_of', theirs.fingerprint)}, "
+                f"and {self.path} is {self.fingerprint}; make labels for it with `extract --relabel`"
+            )
+        self.labels, self.grid, self.groups, self.heads = theirs, theirs.grid, theirs.groups, theirs.heads
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what is read: of the pictures, and of the labels laid over them."""
+        return f"{self.fingerprint}+{self.labels.fingerprint}" if self.labels else self.fingerprint
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard."""
+        return np.array([shard["samples"] for shard in self.info["shards"]], np.int64)
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """Class of each sample; -1 without classes."""
+        return self._rows["class_id"].astype(np.int64)
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{key:08d}" for key in self._rows["key"].tolist()]
+
+    @property
+    def sources(self) -> list[str]:
+        return read_column(self.path / "index.parquet", "source")
+
+    def row(self, index: int) -> Row:
+        """What the index says of sample `index`."""
+        return Row(*self._rows[index].item())
+
+    def read(self, index: int, *, attention: bool = False) -> Sample:
+        """Sample `index`, with one read of its shard; with `attention`, its class attention too.
+
+        Raises:
+            SampleError: The bytes are not those that were written; names shard, key, member and offset.
+        """
+        row = self.row(index)
+        if self.labels is None:
+            span = self._span(row, 0, attention)
+            parts, fgrank, attn = self._labels(row, span, 0, attention)
+        else:
+            span = self._file(row.shard).read(row.jpg_size, row.begin)
+            parts, fgrank, attn = self.labels.read_labels(index, attention=attention)
+        jpeg = span[: row.jpg_size]
+        if zlib.crc32(jpeg) != row.crc32_jpg:
+            raise self._damaged(row, "jpg", 0)
+        return Sample(index, f"{row.key:08d}", jpeg, parts, fgrank, row.class_id, attn)
+
+    def read_labels(self, index: int, *, attention: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Parts, ranks and perhaps class attention of sample `index`, without its picture."""
+        row = self.row(index)
+        return self._labels(row, self._span(row, row.parts, attention), row.parts, attention)
+
+    def _span(self, row: Row, first: int, attention: bool) -> bytes:
+        """A sample's bytes from `first` to the end of its labels."""
+        end = row.attn + self._attn_bytes if attention else row.fgrank + self._fgrank_bytes
+        return self._file(row.shard).read(end - first, row.begin + first)
+
+    def _labels(
+        self, row: Row, span: bytes, first: int, attention: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """The labels in bytes that begin at `first`."""
+        at = row.parts - first
+        parts = span[at : at + self._parts_bytes]
+        if zlib.crc32(parts) != row.crc32_parts:
+            raise self._damaged(row, "parts", row.parts)
+        at = row.fgrank - first
+        fgrank = span[at : at + self._fgrank_bytes]
+        if zlib.crc32(fgrank) != row.crc32_fgrank:
+            raise self._damaged(row, "fgrank", row.fgrank)
+        attn = span[row.attn - first :] if attention else b""
+        if attention and zlib.crc32(attn) != row.crc32_attn:
+            raise self._damaged(row, "attn", row.attn)
+        try:
+            return (
+                from_npy(parts, PARTS, self._square),
+                from_npy(fgrank, RANKS, self._square),
+                from_npy(attn, PARTS, (self.heads, *self._square)) if attention else None,
+            )
+        except ValueError as error:
+            raise self._damaged(row, "labels", row.parts, str(error)) from None
+
+    def _damaged(
+        self, row: Row, member: str, first: int, what: str = "is damaged: its checksum differs"
+    ) -> SampleError:
+        tar = shard_paths(self.path, row.shard)[0]
+        return SampleError(str(tar), f"{row.key:08d}", member, row.begin + first, f"{what}; {AGAIN}")
+
+    def damaged(self, index: int, what: str) -> SampleError:
+        """The error of a sample whose checksum is right and whose picture is not."""
+        return self._damaged(self.row(index), "jpg", 0, what)
+
+    def refuse_missing(self) -> None:
+        """Look at the size of every tar, before an epoch that would trip over it.
+
+        Raises:
+            ShardError: One is missing, or shorter or longer than it was written.
+        """
+        for number, told in enumerate([] if self.stage else self.info["shards"]):
+            tar = shard_paths(self.path, number)[0]
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != told["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, expected {told['bytes']}"
+                raise ShardError(f"{tar} {state}; {AGAIN}")
+        if self.labels:
+            self.labels.refuse_missing()
+
+    def _file(self, shard: int) -> "OpenFile":
+        """A tar, opened at the first use; the least recently used are let go."""
+        with self._lock:
+            file = self._files.pop(shard, None)
+        file = file or self._opened(shard)  # outside the lock: it may be copied first
+        with self._lock:
+            self._files[shard] = file
+            if len(self._files) > MOST_OPEN:
+                del self._files[next(iter(self._files))]
+            return file
+
+    def _opened(self, shard: int) -> "OpenFile":
+        path = self.stage.local(shard) if self.stage else shard_paths(self.path, shard)[0]
+        try:
+            return OpenFile(path)
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing; {AGAIN}") from None
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            self._files.clear()
+        if self.stage:
+            self.stage.close()
+        if self.labels:
+            self.labels.close()
+
+    def __enter__(self) -> "ShardSet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OpenFile:
+    """An open file, closed when nobody holds it any more: a thread may be reading one that the set lets go."""
+
+    def __init__(self, path: Path):
+        self._number = os.open(path, os.O_RDONLY)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._number, size, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """dataset.json of a finished set; see `ShardSet.open` for what is raised."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no shard set at {folder}: expected a folder with dataset.json")
+    if not (folder / "dataset.json").is_file():
+        raise ShardError(f"{folder} has no dataset.json: the set is not finished; run the same extract command again")
+    try:
+        info = read_json(folder / "dataset.json")
+    except ValueError as error:
+        raise ShardError(str(error)) from None
+    if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
+        raise ShardError(
+            f"{folder} is {info.get('format')} version {info.get('version')}, expected {FORMAT} version {VERSION}; "
+            "read it with the release that wrote it"
+        )
+    return info

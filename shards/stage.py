@@ -1,0 +1,157 @@
+"""Copies of a slow or remote set's shards on a local disk, made before they are needed, within a stated size."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from shards import storage
+from shards.atomic import write_whole
+from shards.errors import ShardError
+
+PIECE = 1 << 20
+
+
+class Stage:
+    """One thread copies the shards of the coming windows; those of past windows go when room is needed.
+
+    A copy is compared with its sha256 and renamed, so that a reader sees a whole one or none. Ranks of one machine
+    share the folder: a lock a shard keeps them from copying it twice. Nothing depends on the copies being there: a
+    reader that comes too early copies the shard itself.
+    """
+
+    def __init__(self, source: str, folder: Path, max_bytes: int):
+        self.source, self.max_bytes = source.rstrip("/"), max_bytes
+        self.folder = folder / hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        (self.folder / "shards").mkdir(parents=True, exist_ok=True)
+        for name in ("dataset.json", "index.parquet"):
+            try:
+                write_whole(self.folder / name, storage.read(f"{self.source}/{name}"))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"no whole shard set at {source}: {name} is missing there") from None
+        self._shards: list[dict[str, Any]] = []
+        self._reached, self._closed = 0, False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failed: Exception | None = None
+
+    def expect(self, shards: list[dict[str, Any]]) -> None:
+        """Take the list of shards from dataset.json: names, sizes, digests."""
+        self._shards = shards
+        whole = {shard["name"] for shard in shards}
+        for file in (self.folder / "shards").glob("*.tar"):
+            if file.name not in whole:
+                file.unlink(missing_ok=True)
+
+    def follow(self, windows: Iterator[tuple[int, np.ndarray]], *, window: int) -> None:
+        """Begin to copy ahead, window after window; `reached` says how far reading has come.
+
+        Raises:
+            ValueError: Two windows, the one being read and the next, do not fit into the stated size.
+        """
+        sizes = sorted((shard["bytes"] for shard in self._shards), reverse=True)
+        needed = sum(sizes[: 2 * window]) if window else sum(sizes)
+        if needed > self.max_bytes:
+            advice = "choose a smaller --window" if window else "shuffle windows of shards, with --window 8, say"
+            raise ValueError(
+                f"staging needs {needed / 1e9:.2f} GB in {self.folder.parent} and may take {self.max_bytes / 1e9:.2f}; "
+                f"raise --stage-gb, or {advice}"
+            )
+        self.close()
+        self._closed = False
+        self._thread = threading.Thread(target=self._copy_ahead, args=(windows,), name="stage", daemon=True)
+        self._thread.start()
+
+    def reached(self, position: int) -> None:
+        """Reading has come to `position`: shards of the windows before it may go.
+
+        Raises:
+            ShardError: Copying ahead has failed; nothing that is missing is waited for in silence.
+        """
+        with self._changed:
+            self._reached = position
+            self._changed.notify_all()
+        if self._failed:
+            raise ShardError(f"copying shards from {self.source} failed: {self._failed}") from self._failed
+
+    def local(self, number: int) -> Path:
+        """The copy of a shard, made now if it is not there.
+
+        Raises:
+            ShardError: What the store gives is not what dataset.json names.
+        """
+        told = self._shards[number]
+        path = self.folder / "shards" / told["name"]
+        if path.is_file() and path.stat().st_size == told["bytes"]:
+            return path
+        with FileLock(path.with_suffix(".lock")):
+            if not (path.is_file() and path.stat().st_size == told["bytes"]):
+                self._copy(told, path)
+        return path
+
+    def close(self) -> None:
+        """Stop copying."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _copy_ahead(self, windows: Iterable[tuple[int, np.ndarray]]) -> None:
+        ahead: list[tuple[int, list[int]]] = []
+        begun = 0
+        try:
+            for end, numbers in windows:
+                ahead.append((end, numbers.tolist()))
+                for number in ahead[-1][1]:
+                    if not self._make_room(self._shards[number], ahead):
+                        return
+                    self.local(number)
+                with self._changed:  # one window ahead is enough: the next one when this one is being read
+                    self._changed.wait_for(lambda begun=begun: self._closed or self._reached >= begun)
+                begun = end
+        except Exception as error:  # passed on by `reached`, in the thread that trains
+            self._failed = error
+
+    def _make_room(self, coming: dict[str, Any], ahead: list[tuple[int, list[int]]]) -> bool:
+        """Delete copies of past windows until `coming` fits, waiting for reading to move on where there is none.
+        False when closed meanwhile."""
+        with self._changed:
+            while not self._closed:
+                ahead[:] = [(end, numbers) for end, numbers in ahead if end > self._reached]
+                here = {path: path.stat().st_size for path in (self.folder / "shards").glob("*.tar")}
+                if any(path.name == coming["name"] for path in here):
+                    return True
+                if sum(here.values()) + coming["bytes"] <= self.max_bytes:
+                    return True
+                wanted = {self._shards[number]["name"] for _, numbers in ahead for number in numbers}
+                past = [path for path in sorted(here) if path.name not in wanted]
+                if past:
+                    past[0].unlink(missing_ok=True)
+                else:
+                    self._changed.wait()
+        return False
+
+    def _copy(self, told: dict[str, Any], path: Path) -> None:
+        aside = path.with_name(f".{path.name}.part")  # one name: whoever copies holds the lock
+        digest = hashlib.sha256()
+        try:
+            with storage.open_binary(f"{self.source}/shards/{told['name']}") as source, open(aside, "wb") as copy:
+                while piece := source.read(PIECE):
+                    digest.update(piece)
+                    copy.write(piece)
+            if digest.hexdigest() != told["sha256"]:
+                raise ShardError(
+                    f"{self.source}/shards/{told['name']} is damaged: its sha256 is not the one in dataset.json; "
+                    "run `verify --repair` where the set was built and upload it again"
+                )
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
