@@ -122,6 +122,25 @@ def test_a_disk_without_room_is_one_sentence_and_a_rerun_goes_on(parts, tmp_path
     assert extract(config(photos, parts, out))["samples"] == 12
 
 
+def test_of_two_drivers_in_one_folder_one_builds_and_the_other_says_so(parts, tmp_path):
+    photos, out = photographs(tmp_path / "photos", 40), tmp_path / "out"
+    extract(config(photos, parts, tmp_path / "alone"))
+
+    first = subprocess.Popen(command(photos, parts, out, "local"), env=environment())
+    while first.poll() is None and not (out / "plan.json").exists():
+        time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)  # the second comes while the first is at work, however fast the machine
+    second = subprocess.run(
+        command(photos, parts, out, "local"), env=environment(), capture_output=True, text=True, timeout=200
+    )
+    first.send_signal(signal.SIGCONT)
+
+    assert first.wait(timeout=200) == 0
+    assert second.returncode == 1
+    assert "is being built by another process" in second.stderr
+    assert tars(out) == tars(tmp_path / "alone")
+
+
 def test_an_encoder_the_parts_were_not_learned_on_is_refused(parts, tmp_path):
     photos = photographs(tmp_path / "photos", 3)
 
