@@ -1,0 +1,1 @@
+"""What limits a run, one file a resource, each beside a null that isolates it."""

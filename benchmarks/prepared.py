@@ -1,0 +1,129 @@
+"""The same pictures thrice: files in class folders, a shard set with stub labels, an index of ImageNet's length."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from shards.atomic import read_json, sha256_file, sha256_json, write_json
+from shards.dataset import finalise, open_plan
+from shards.pictures import Picture, PictureError, PictureList, decode_rgb, list_pictures, read_bytes, square
+from shards.sample import LabelledPicture, Rejected
+from shards.writer import write_shard
+from training.progress import Progress
+
+SIZE, QUALITY, GRID, GROUPS, PER_SHARD = 224, 90, 28, 7, 2048
+IMAGENET = 1_281_167
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Where the pictures lie."""
+
+    originals: Path
+    """Class folders, as torchvision's ImageFolder wants them: the bytes as they came."""
+    shards: Path
+    many: Path
+    """The same shards behind an index of as many samples as ImageNet has."""
+
+
+def some_pictures(images: str, most: int) -> PictureList:
+    """The pictures of a source, or `most` of them, evenly spaced."""
+    listed = list_pictures(images)
+    count = len(listed.pictures)
+    chosen = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
+    return dataclasses.replace(listed, pictures=tuple(listed.pictures[index] for index in chosen))
+
+
+def prepare(images: str, out: Path, *, most: int) -> Prepared:
+    """Make what `bench loader` reads, under `out`; once, and again only what a kill left undone.
+
+    Raises:
+        FileNotFoundError: There are no such pictures.
+        ShardError: None of them can be read.
+    """
+    pictures = some_pictures(images, most)
+    plan = {
+        "source": str(Path(images).resolve()),
+        "inputs_sha256": pictures.digest,
+        "settings": [SIZE, QUALITY, GRID, GROUPS, PER_SHARD],
+    }
+    folder = out / f"loader-{sha256_json(plan)[:12]}"
+    made = Prepared(folder / "originals", folder / "shards", folder / "many")
+    if not (made.shards / "dataset.json").is_file():
+        made.shards.mkdir(parents=True, exist_ok=True)
+        _write_set(pictures, made, plan)
+    if not (made.many / "dataset.json").is_file():
+        _write_many(made)
+    return made
+
+
+def _write_set(pictures: PictureList, made: Prepared, plan: dict) -> None:
+    digest = open_plan(made.shards, plan)
+    count = len(pictures.pictures)
+    progress = Progress(count, "preparing", "pictures")
+    starts = range(0, count, PER_SHARD)
+    for number, start in enumerate(starts):
+        rejected: list[Rejected] = []
+        mine = pictures.pictures[start : start + PER_SHARD]
+        samples = _stored(mine, start, made.originals, rejected, progress)
+        write_shard(made.shards, number, samples, groups=GROUPS, plan_digest=digest, rejected=rejected)
+    progress.close()
+    info = {"grid": GRID, "groups": GROUPS, "size": SIZE, "classes": list(pictures.classes), "inputs": {"count": count}}
+    finalise(made.shards, shard_count=len(starts), plan_digest=digest, info=info)
+
+
+def _stored(
+    pictures: tuple[Picture, ...], first: int, originals: Path, rejected: list[Rejected], progress: Progress
+) -> Iterator[LabelledPicture]:
+    """Squared, encoded, and labelled with noise; each one's original is laid into its class folder on the way."""
+    for ordinal, picture in enumerate(pictures, start=first):
+        progress.advance()
+        try:
+            data = read_bytes(picture)
+            image = decode_rgb(data)
+        except (OSError, PictureError) as error:
+            rejected.append(Rejected(source=picture.name, ordinal=ordinal, stage="decode", reason=str(error)))
+            continue
+        _lay_down(picture, data, originals, ordinal)
+        cropped, box = square(image, SIZE)
+        buffer = io.BytesIO()
+        cropped.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
+        noise = np.random.default_rng(ordinal)
+        yield LabelledPicture(
+            key=f"{ordinal:08d}",
+            source=picture.name,
+            class_id=picture.class_id,
+            jpeg=buffer.getvalue(),
+            parts=noise.integers(0, GROUPS, (GRID, GRID)).astype(np.uint8),
+            fgrank=noise.permutation(GRID * GRID).astype(np.uint16).reshape(GRID, GRID),
+            src_width=image.width,
+            src_height=image.height,
+            box=box,
+        )
+
+
+def _lay_down(picture: Picture, data: bytes, originals: Path, ordinal: int) -> None:
+    folder = originals / (f"{picture.class_id:04d}" if picture.class_id >= 0 else "all")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{ordinal:08d}{Path(picture.name).suffix}").write_bytes(data)
+
+
+def _write_many(made: Prepared) -> None:
+    """A set of ImageNet's length whose samples are those of `made.shards`, over and over; only good for seeking."""
+    made.many.mkdir(exist_ok=True)
+    (made.many / "shards").unlink(missing_ok=True)
+    (made.many / "shards").symlink_to(made.shards.resolve() / "shards")
+    table = pq.read_table(made.shards / "index.parquet")
+    table = table.take(np.arange(IMAGENET) % table.num_rows)
+    pq.write_table(table, made.many / "index.parquet", compression="zstd")
+    info = read_json(made.shards / "dataset.json")
+    *others, last = info["shards"]
+    filled = last | {"samples": last["samples"] + IMAGENET - info["samples"]}
+    digest = sha256_file(made.many / "index.parquet")
+    changed = {"samples": IMAGENET, "shards": [*others, filled], "index_sha256": digest}
+    write_json(made.many / "dataset.json", info | changed)

@@ -1,0 +1,89 @@
+"""The verb `bench`: finds or draws the pictures, runs one benchmark, prints its rows beside their bars."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.extract import bench_extract
+from benchmarks.loader import bench_loader
+from benchmarks.rounds import Report, verdict
+from pipeline.config import BenchConfig
+from pipeline.creatures import write_creatures
+from shards.atomic import write_json
+from training.config import RunConfig
+from training.progress import Progress
+from training.run import git_state, package_versions
+
+DRAWN, DRAWN_SIDE = 256, 256
+
+
+def bench(config: BenchConfig) -> Report:
+    """Run the benchmark `config.name`; a bar that does not hold is said in the table and is no error.
+
+    `environment.json` in `config.out` says which machine, versions and commit the figures are of.
+
+    Raises:
+        FileNotFoundError: There are no such pictures, or no such part learner.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    images = config.images or _creatures(config.out / "creatures")
+    if config.name == "loader":
+        report = bench_loader(images, out=config.out, minutes=config.minutes, most=config.pictures)
+    else:
+        report = bench_extract(
+            images,
+            parts=config.parts,
+            out=config.out,
+            minutes=config.minutes,
+            most=config.pictures,
+            build=config.build,
+            run=RunConfig(out=config.out, device=config.device, threads=config.threads),
+        )
+    if config.json:
+        write_json(config.json, [row.as_json() for row in report.rows])
+    write_json(config.out / "environment.json", _environment())
+    _print(config.name, report)
+    return report
+
+
+def _creatures(folder: Path) -> str:
+    progress = Progress(DRAWN, "drawing creatures", "pictures")
+    write_creatures(folder, count=DRAWN, seed=0, size=DRAWN_SIDE, progress=progress.advance)
+    progress.close()
+    return str(folder)
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "command": sys.argv,
+        "git": git_state(),
+        "versions": package_versions() | {"webdataset": version("webdataset")},
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _print(name: str, report: Report) -> None:
+    numbers = ("median", "quartiles", "n")
+    table = Table(
+        title=f"bench {name}",
+        caption=report.caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("name", "unit", *numbers, "bar", "verdict"):
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    for row in report.rows:
+        bar = " ".join(map(str, report.bars.get(row.name, ()))).replace(">=", "≥").replace("<=", "≤")
+        quartiles = f"{row.low:,.4g}–{row.high:,.4g}" if row.low < row.high else ""
+        shown = (f"{row.value:,.4g}", quartiles, str(row.n), bar, verdict(row, report.bars))
+        table.add_row(row.name, row.unit, *shown)
+    Console().print(table)

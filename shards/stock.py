@@ -1,0 +1,26 @@
+"""For people who want the stock tools: our shards as a plain webdataset pipeline."""
+
+from pathlib import Path
+
+import webdataset
+
+from shards.shard_set import read_info
+from shards.writer import shard_paths
+
+
+def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> webdataset.WebDataset:
+    """Dicts with `__key__`, `jpg` (uint8, height x width x 3), `cls` where there are classes, `parts.npy` and
+    `fgrank.npy`, shuffled as webdataset does it: the tars anew each epoch, then a buffer of `shuffle` samples.
+
+    0 keeps the stored order. What our own stream promises beyond that is webdataset's not to give: it compares no
+    checksum, takes a tar that was cut between two members for a whole one, cannot resume, and hands unequal shares
+    to ranks. Run `verify` first.
+
+    Raises:
+        FileNotFoundError, ShardError: There is no finished set (see `ShardSet.open`).
+    """
+    folder = Path(path)
+    urls = [str(shard_paths(folder, number)[0]) for number in range(len(read_info(folder)["shards"]))]
+    order = {"shardshuffle": len(urls), "detshuffle": True, "seed": seed} if shuffle else {"shardshuffle": False}
+    pipeline = webdataset.WebDataset(urls, nodesplitter=webdataset.split_by_node, empty_check=False, **order)
+    return pipeline.shuffle(shuffle).decode("rgb8")
