@@ -1,6 +1,8 @@
 """For people who want the stock tools: our shards as a plain webdataset pipeline."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import webdataset
 
@@ -8,7 +10,7 @@ from shards.shard_set import read_info
 from shards.writer import shard_paths
 
 
-def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> webdataset.WebDataset:
+def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> Iterable[dict[str, Any]]:
     """Dicts with `__key__`, `jpg` (uint8, height x width x 3), `cls` where there are classes, `parts.npy` and
     `fgrank.npy`, shuffled as webdataset does it: the tars anew each epoch, then a buffer of `shuffle` samples.
 
@@ -21,6 +23,12 @@ def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0)
     """
     folder = Path(path)
     urls = [str(shard_paths(folder, number)[0]) for number in range(len(read_info(folder)["shards"]))]
-    order = {"shardshuffle": len(urls), "detshuffle": True, "seed": seed} if shuffle else {"shardshuffle": False}
-    pipeline = webdataset.WebDataset(urls, nodesplitter=webdataset.split_by_node, empty_check=False, **order)
+    pipeline = webdataset.WebDataset(
+        urls,
+        shardshuffle=len(urls) if shuffle else False,
+        detshuffle=bool(shuffle),
+        seed=seed,
+        nodesplitter=webdataset.split_by_node,
+        empty_check=False,
+    )
     return pipeline.shuffle(shuffle).decode("rgb8")
