@@ -1,6 +1,6 @@
 """For people who want the stock tools: our shards as a plain webdataset pipeline."""
 
-from collections.abc import Iterable
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from shards.shard_set import read_info
 from shards.writer import shard_paths
 
 
-def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> Iterable[dict[str, Any]]:
-    """Dicts with `__key__`, `jpg` (uint8, height x width x 3), `cls` where there are classes, `parts.npy` and
+def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> Any:
+    """An iterable of dicts with `__key__`, `jpg` (uint8, height x width x 3), `cls` where there are classes, `parts.npy` and
     `fgrank.npy`, shuffled as webdataset does it: the tars anew each epoch, then a buffer of `shuffle` samples.
 
     0 keeps the stored order. What our own stream promises beyond that is webdataset's not to give: it compares no
@@ -31,4 +31,6 @@ def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0)
         nodesplitter=webdataset.split_by_node,
         empty_check=False,
     )
-    return pipeline.shuffle(shuffle).decode("rgb8")
+    if shuffle:
+        pipeline = pipeline.shuffle(shuffle, rng=random.Random(seed))
+    return pipeline.decode("rgb8")
