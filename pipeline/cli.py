@@ -46,7 +46,7 @@ def extract(config: Annotated[ExtractConfig, Plain]) -> None:
 
     Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. Examples:
       semmae extract --images photos/ --parts runs/parts --out runs/shards --backend local
-      ray job submit --working-dir . -- python -m pipeline extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
+      semmae submit --address http://HEAD:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
     """
     from pipeline.extract import extract as build
 
