@@ -2,15 +2,18 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from partlearn.config import LearnConfig
 from partlearn.learn import learn
+from shards import storage
 from shards.dataset import finalise, open_plan
 from shards.sample import LabelledPicture
 from shards.shard_set import ShardSet
@@ -41,21 +44,24 @@ def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int
 
 def write_set(folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, samples_per_shard=16, seed=0) -> Path:
     """A finished shard set, through the real writer."""
+    info = {"grid": grid, "groups": groups, "size": size, "classes": [f"class{number}" for number in range(classes)]}
+    samples = drawn(count, size, grid, groups, classes, seed)
+    return write_samples(folder, samples, info, samples_per_shard=samples_per_shard, seed=seed)
+
+
+def write_samples(
+    folder: Path, pictures: Iterable[LabelledPicture], info: dict, *, samples_per_shard: int, seed: int = 0
+) -> Path:
+    """A finished shard set of given samples."""
+    samples = list(pictures)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = open_plan(folder, {"seed": seed, "inputs": count})
-    samples = list(drawn(count, size, grid, groups, classes, seed))
-    shards = -(-count // samples_per_shard)
+    digest = open_plan(folder, {"seed": seed, "inputs": len(samples)})
+    shards = -(-len(samples) // samples_per_shard)
     for number in range(shards):
         slice_ = samples[number * samples_per_shard : (number + 1) * samples_per_shard]
-        write_shard(folder, number, slice_, groups=groups, plan_digest=digest, rejected=[])
-    info = {
-        "grid": grid,
-        "groups": groups,
-        "size": size,
-        "classes": [f"class{number}" for number in range(classes)],
-        "inputs": {"count": count},
-    }
-    finalise(folder, shard_count=shards, plan_digest=digest, info=info)
+        write_shard(folder, number, slice_, groups=info["groups"], plan_digest=digest, rejected=[])
+    whole = info | {"inputs": {"count": len(samples)}}
+    finalise(folder, shard_count=shards, plan_digest=digest, info=whole)
     return folder
 
 
@@ -83,18 +89,15 @@ def photographs(folder: Path, count: int) -> Path:
     return folder
 
 
-def small_parts(run: Path) -> Path:
+def small_parts(run: Path, **changes) -> Path:
     """A part learner of two steps on random features: poor parts, real machinery."""
     run.mkdir()
+    settings = {"grid": 4, "parts": 3, "views": 1, "steps": 2, "batch_size": 4} | changes
     config = LearnConfig(
         images=str(photographs(run / "photos", 6)),
         encoder="random:vit_tiny_patch16_224",
-        grid=4,
-        parts=3,
-        views=1,
-        steps=2,
-        batch_size=4,
         run=RunConfig(out=run / "run", device="cpu", precision="fp32"),
+        **settings,
     )
     learn(config)
     return run / "run"
@@ -104,3 +107,40 @@ def tars(out: Path) -> dict[str, str]:
     """SHA-256 of every tar and of the merged index."""
     files = [*sorted((out / "shards").glob("*.tar")), out / "index.parquet"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory) -> Path:
+    """The run folder of one part learner, for every test that only reads it."""
+    return small_parts(tmp_path_factory.mktemp("learned") / "run")
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """A real S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_address, monkeypatch) -> Iterator[fs.FileSystem]:
+    """A connection that may write, and the environment in which ours connects; the bucket is `pictures`."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_address,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    store = fs.S3FileSystem(endpoint_override=s3_address, region="us-east-1", allow_bucket_creation=True)
+    store.create_dir("pictures")
+    storage._store.cache_clear()
+    yield store
+    store.delete_dir_contents("pictures")
+    storage._store.cache_clear()

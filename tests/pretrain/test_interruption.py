@@ -28,7 +28,8 @@ def test_a_terminated_run_resumes_to_the_same_weights(make_shards, tmp_path):
     data, killed = make_shards().path, tmp_path / "killed"
     script = tmp_path / "one.py"
     script.write_text(
-        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\nfrom pretrain.train import pretrain\n"
+        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\n"
+        "from pretrain.train import pretrain\n"
         f"run = StreamRun(out=Path({str(killed)!r}), device='cpu', precision='fp32', checkpoint_minutes=0)\n"
         f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{SETTINGS!r}))\n"
     )

@@ -62,7 +62,8 @@ def test_two_ranks_equal_one_on_the_joined_batch(make_shards, tmp_path):
     pretrain(config(data, tmp_path / "one"), stop_after_steps=3)
     script = tmp_path / "rank.py"
     script.write_text(
-        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\nfrom pretrain.train import pretrain\n"
+        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\n"
+        "from pretrain.train import pretrain\n"
         f"run = StreamRun(out=Path({str(tmp_path / 'two')!r}), device='cpu', precision='fp32')\n"
         f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{TINY!r}), stop_after_steps=3)\n"
     )
