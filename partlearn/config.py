@@ -111,10 +111,12 @@ class LearnConfig:
     run: RunConfig
 
     def __post_init__(self):
-        if self.parts < 2:
-            raise ValueError(f"parts must be at least 2, got {self.parts}")
+        if not 2 <= self.parts <= 255:
+            raise ValueError(f"parts must lie between 2 and 255 (labels are bytes), got {self.parts}")
         if not 0 < self.foreground_share <= 1:
             raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
+        if self.grid > 256:
+            raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
         if self.grid < 2 or self.steps < 1 or self.batch_size < 1 or self.views < 0:
             raise ValueError(
                 "grid must be at least 2, steps and batch_size at least 1, views not negative, got "
@@ -164,6 +166,8 @@ class ExtractConfig:
     """GPU share of an actor, where the cluster has GPUs."""
     seed: int = 0
     """Seed of the order of pictures in the shards."""
+    max_rejects: float = 0.01
+    """Share of the inputs, ten of them at least, that may be unreadable before the set is refused."""
     retry_failed: bool = False
     """Build the shards that have rejected pictures once more: the pictures were mended, or the disk has come back."""
     run: RunConfig
@@ -175,6 +179,8 @@ class ExtractConfig:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must lie between 1 and 100, got {self.quality}")
+        if not 0 <= self.max_rejects <= 1:
+            raise ValueError(f"max_rejects must lie between 0 and 1, got {self.max_rejects}")
         if self.samples_per_shard < 1 or self.batch_size < 1:
             raise ValueError(
                 "samples_per_shard and batch_size must be at least 1, got "

@@ -11,6 +11,7 @@ from jaxtyping import UInt8, UInt16
 from partlearn.encoders import CPU, load_encoder
 from partlearn.learner import load_learner
 from training.checkpoint import CheckpointError
+from training.device import computes_bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,15 @@ class Labeller:
 
     def describe(self) -> dict[str, Any]:
         """What the labels come from, for dataset.json."""
-        return {"encoder": self.encoder.description, "learner_sha256": self.sha256}
+        device, precision = self.encoder.device, self.encoder.precision
+        if precision == "auto":
+            precision = "bf16" if computes_bf16(device) else "fp32"
+        return {
+            "encoder": self.encoder.description,
+            "learner_sha256": self.sha256,
+            "device": device.type,
+            "precision": precision,
+        }
 
     @property
     def heads(self) -> int:
@@ -68,8 +77,16 @@ class Labeller:
         return self.encoder.heads if self.attention else 0
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Labels:
-        """Part of each cell, and its rank in foreground."""
+        """Part of each cell, and its rank in foreground.
+
+        Raises:
+            FloatingPointError: The encoder's tokens are not finite: any labels of them would look plausible.
+        """
         tokens = self.encoder(torch.from_numpy(images))
+        if not tokens.block_tokens.isfinite().all():
+            raise FloatingPointError(
+                f"{self.encoder.description['source']} gives tokens that are not finite; try --precision fp32"
+            )
         parts, rank = self.learner.label(tokens)
         shape = (len(images), self.grid, self.grid)
         attn = None

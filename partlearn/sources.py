@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from shards import storage
 from shards.index import BOX
 from shards.order import permutation
 from shards.pictures import Box, Picture, PictureError, PictureList, decode_rgb, list_pictures, read_bytes, square
@@ -47,7 +48,11 @@ class FromPictures:
     def __init__(self, pictures: PictureList, *, size: int, quality: int, samples_per_shard: int, seed: int):
         self.pictures, self.size, self.quality = pictures.pictures, size, quality
         self.classes = pictures.classes
-        self.inputs = {"source": pictures.source, "list_sha256": pictures.digest, "count": len(pictures.pictures)}
+        self.inputs: dict[str, Any] = {
+            "source": _absolute(pictures.source),
+            "list_sha256": pictures.digest,
+            "count": len(pictures.pictures),
+        }
         starts = range(0, len(self.pictures), samples_per_shard)
         self.shard_sizes = [min(samples_per_shard, len(self.pictures) - start) for start in starts]
         self._per_shard = samples_per_shard
@@ -80,9 +85,14 @@ class FromShards:
 
     def __init__(self, path: Path):
         self._shards = ShardSet.open(path)
+        self._shards.refuse_labels_alone()
         info = self._shards.info
         self.size, self.classes = self._shards.size, self._shards.classes
-        self.inputs = {"source": str(path), "list_sha256": self._shards.fingerprint, "count": len(self._shards)}
+        self.inputs: dict[str, Any] = {
+            "source": _absolute(str(path)),
+            "list_sha256": self._shards.fingerprint,
+            "count": len(self._shards),
+        }
         self.shard_sizes = [shard["samples"] for shard in info["shards"]]
         self._first = [shard["first_index"] for shard in info["shards"]]
 
@@ -103,6 +113,10 @@ class FromShards:
 
 
 Source = FromPictures | FromShards
+
+
+def _absolute(source: str) -> str:
+    return source if storage.is_remote(source) else str(Path(source).absolute())
 
 
 def _pixels(jpeg: bytes) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The verb `extract`: one call builds one shard, in this process or on Ray actors; a killed build goes on."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,23 @@ from training.device import pick_device
 from training.progress import Progress
 from training.run import as_json, git_state, package_versions
 
+HOW = ("run", "backend", "workers", "gpus_per_worker", "retry_failed")
+"""Fields that say how a set is built, not what it is."""
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+
+def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str, Any]:
     """Label every picture of `config.images` into the shard set `config.run.out`, and return its dataset.json.
 
     With `config.relabel`, a label set over the pictures of that shard set. Every shard owns a fixed slice of the
-    inputs and is committed whole; a rerun builds what is missing and touches nothing else. A shard that fails is
-    tried three times; the others are built all the same.
+    inputs and is committed whole; a rerun builds what is missing and touches nothing else. On Ray a shard that fails is
+    tried three times and the others are built all the same; in this process its error ends the build at once.
+
+    Args:
+        faulty: Files of the set that are not as they were written; they and the shards they belong to are made anew.
 
     Raises:
-        ValueError: The folder was started with other settings, inputs or weights.
-        ShardError: Shards failed, or another process builds in this folder.
+        ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights.
+        ShardError: Shards failed, too many pictures are unreadable, or another process builds in this folder.
     """
     folder = Path(config.run.out)
     source = open_source(
@@ -49,6 +55,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
             plan_digest = open_plan(folder, _plan(config, source, labeller))
             if config.retry_failed:
                 _forget_rejects(folder, len(source.shard_sizes))
+            _forget_faulty(folder, faulty)
             _build_missing(config, folder, source, labeller, plan_digest)
             return _finish(config, folder, source, labeller, plan_digest)
     except Timeout:
@@ -76,6 +83,7 @@ def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str
         "seed": config.seed,
     }
     return {
+        "source": source.inputs["source"],
         "inputs_sha256": source.inputs["list_sha256"],
         "inputs": source.inputs["count"],
         "batch_size": config.batch_size,
@@ -95,6 +103,13 @@ def _forget_rejects(folder: Path, count: int) -> None:
         if sidecar.is_file() and read_json(sidecar)["rejected"]:
             (folder / "dataset.json").unlink(missing_ok=True)
             sidecar.unlink()
+
+
+def _forget_faulty(folder: Path, names: Collection[str]) -> None:
+    """Take back the shards that these files belong to, and what belongs to none."""
+    for name in names:
+        stem = Path(name).stem
+        (shard_paths(folder, int(stem))[2] if stem.isdigit() else folder / name).unlink(missing_ok=True)
 
 
 def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> None:
@@ -135,12 +150,13 @@ def _finish(
         "classes": list(source.classes),
         "inputs": source.inputs,
         "producer": {
-            "config": as_json(config) | dict.fromkeys(("run", "backend", "workers", "gpus_per_worker", "retry_failed")),
+            "config": {name: value for name, value in as_json(config).items() if name not in HOW},
             "labels": labeller.describe(),
             "versions": package_versions(),
             "git": git_state(),
         },
     }
+    _refuse_too_many_rejects(config, folder, source)
     if labeller.heads:
         info["heads"] = labeller.heads
     if config.relabel:
@@ -153,6 +169,21 @@ def _finish(
             file=sys.stderr,
         )
     return whole
+
+
+def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source) -> None:
+    """An outage of the storage must not pass for a set of few pictures."""
+    rejected = [
+        one
+        for number in range(len(source.shard_sizes))
+        for one in read_json(shard_paths(folder, number)[2])["rejected"]
+    ]
+    if len(rejected) > max(10, config.max_rejects * source.inputs["count"]):
+        first = rejected[0]
+        raise ShardError(
+            f"{len(rejected)} of {source.inputs['count']} pictures could not be read, the first, {first['source']}, "
+            f"because: {first['reason']}; mend them and add --retry-failed, or raise --max-rejects"
+        )
 
 
 def _here(

@@ -10,9 +10,7 @@ from shards import verify as checks
 from shards.atomic import read_json, write_json
 from shards.errors import ShardError
 from shards.verify import Fault
-from shards.writer import shard_paths
 from training.config import RunConfig
-from training.run import package_versions
 
 
 def verify(config: VerifyConfig) -> None:
@@ -45,19 +43,18 @@ def repair(folder: Path, faults: list[Fault]) -> None:
 
     before = read_json(folder / "dataset.json")
     config = recorded_config(before, folder)
-    for name in {fault.shard for fault in faults}:
-        if Path(name).stem.isdigit():
-            shard_paths(folder, int(Path(name).stem))[2].unlink(missing_ok=True)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    after = extract(config)
+    try:
+        after = extract(config, faulty={fault.shard for fault in faults})
+    finally:
+        if not (folder / "dataset.json").is_file():  # it holds the only record of what to build
+            write_json(folder / "dataset.json", before)
     other = [one["name"] for one, old in zip(after["shards"], before["shards"], strict=True) if one != old]
     if other:
-        then = before["producer"]["versions"]
+        then, now = (one["producer"]["versions"] | one["producer"]["labels"] for one in (before, after))
         newer = [
-            f"{name} {then.get(name)} then, {now} now"
-            for name, now in package_versions().items()
-            if then.get(name) != now
+            f"{name} {then.get(name)} then, {now[name]} now"
+            for name in (*after["producer"]["versions"], "device", "precision")
+            if then.get(name) != now[name]
         ]
         raise ShardError(
             f"{', '.join(other)} came out with other bytes than before ({'; '.join(newer) or 'same versions'}); the "
@@ -67,8 +64,9 @@ def repair(folder: Path, faults: list[Fault]) -> None:
 
 def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
     """The extraction that made a set, to be run again in this process."""
-    told = {name: value for name, value in info["producer"]["config"].items() if value is not None}
+    told = dict(info["producer"]["config"])
     for name in ("parts", "relabel"):
-        if name in told:
+        if told[name] is not None:
             told[name] = Path(told[name])
-    return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder))
+    precision = info["producer"]["labels"].get("precision", "auto")  # on any device: labels may come out the same
+    return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder, precision=precision))

@@ -63,7 +63,7 @@ class PretrainConfig:
     window: int = 0
     """Shards shuffled together; 0 = all of them, 8 or so for slow or remote disks."""
     substitutes: int = 0
-    """Damaged samples that their neighbours may stand in for, each told on stderr; 0 stops at the first."""
+    """Damaged samples a rank may replace by their neighbours, each told on stderr; 0 stops at the first."""
     epochs: int = 800
     """Passes over the shards; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 4096

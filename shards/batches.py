@@ -17,6 +17,7 @@ from shards.sample import Sample
 from shards.shard_set import ShardSet
 
 HOPS = 8
+MOST_KEPT = 8
 UNHELD = 3
 """References to an array that only the list of kept ones has: the list's, the loop's and the question's own."""
 
@@ -80,8 +81,8 @@ class Reader:
     view: View
     attention: bool
     substitutes: int
-    replaced: dict[int, int] = field(default_factory=dict)
-    """Damaged samples met so far, and what stood in for them."""
+    damaged: set[int] = field(default_factory=set)
+    """Samples found damaged so far, by this rank."""
     _kept: list[np.ndarray] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -127,6 +128,7 @@ class Reader:
             if len(kept) == rows and sys.getrefcount(kept) == UNHELD:
                 return kept
         self._kept.append(np.empty((rows, self.shards.size, self.shards.size, 3), np.uint8))
+        del self._kept[:-MOST_KEPT]
         return self._kept[-1]
 
     def _fill(self, batch: Batch, draws: Draws, rows: range) -> None:
@@ -146,24 +148,26 @@ class Reader:
                 except (ValueError, OSError) as error:
                     raise self.shards.damaged(index, str(error)) from error
             except SampleError as error:
-                self._count(wanted, index, error)
+                self._count(index, error)
+            except OSError as error:
+                raise self.shards.damaged(index, f"cannot be read: {error}") from error
             else:
                 return
         raise ShardError(
             f"the {HOPS} samples from index {wanted} on are all damaged; run `verify` on {self.shards.path}"
         )
 
-    def _count(self, wanted: int, damaged: int, error: SampleError) -> None:
+    def _count(self, damaged: int, error: SampleError) -> None:
         """Tell of a damaged sample once, and stop where there are too many."""
         with self._lock:
-            if damaged not in self.replaced:
-                self.replaced[damaged] = (damaged + 1) % len(self.shards)
-                if self.substitutes and len(self.replaced) <= self.substitutes:
+            if damaged not in self.damaged:
+                self.damaged.add(damaged)
+                if self.substitutes and len(self.damaged) <= self.substitutes:
                     print(
-                        f"{error}; its neighbour stands in ({len(self.replaced)} of {self.substitutes})",
+                        f"{error}; its neighbour stands in ({len(self.damaged)} of {self.substitutes})",
                         file=sys.stderr,
                     )
-            if len(self.replaced) > self.substitutes:
+            if len(self.damaged) > self.substitutes:
                 raise error
 
 

@@ -99,6 +99,7 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
         "rejected": len(rejected),
         "shards": shards,
         "index_sha256": sha256_file(folder / "index.parquet"),
+        "rejected_sha256": sha256_file(folder / "rejected.parquet"),
     }
     whole["fingerprint"] = fingerprint(whole)
     write_json(folder / "dataset.json", whole)
@@ -112,7 +113,9 @@ def _still_whole(folder: Path, sidecars: list[dict[str, Any]]) -> dict[str, Any]
     whole = read_json(folder / "dataset.json")
     named = [shard["sha256"] for shard in whole["shards"]]
     same = named == [told["tar"]["sha256"] for told in sidecars]
-    return whole if same and sha256_file(folder / "index.parquet") == whole["index_sha256"] else None
+    for name in ("index", "rejected"):
+        same = same and sha256_file(folder / f"{name}.parquet") == whole.get(f"{name}_sha256")
+    return whole if same else None
 
 
 OF_SOME = ("heads", "labels_of")

@@ -1,4 +1,4 @@
-"""The index of a set: where each sample lies, its class and its checksums. Parquet, and 50 bytes a row in memory."""
+"""The index of a set: where each sample lies, its class and its checksums. Parquet, and 52 bytes a row in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ class Row(NamedTuple):
     crc32_attn: int
 
 
-ROW = np.dtype([*zip(Row._fields, ("<u2", "<u4", "<i4", "<u8", *("<u4",) * 8), strict=True)])
+ROW = np.dtype([*zip(Row._fields, ("<u4", "<u4", "<i4", "<u8", *("<u4",) * 8), strict=True)])
 
 
 def table_of(rows: list[dict[str, Any]]) -> pa.Table:

@@ -70,7 +70,7 @@ class Epochs:
         shuffled = permutation(self.count, seed=self.seed, epoch=epoch)
         if not self.window:
             return shuffled
-        turn = np.empty(len(self.sizes), np.uint16)
+        turn = np.empty(len(self.sizes), np.uint32)
         for place, shards in enumerate(self._windows(epoch)):
             turn[shards] = place
         return shuffled[np.argsort(np.repeat(turn, self.sizes)[shuffled], kind="stable")]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 import warnings
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 from shards import storage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+EXPECTED = "a folder, a text file of paths or a .tar"
 Box = tuple[float, float, float, float]
 
 
@@ -74,7 +76,8 @@ def list_pictures(source: str | Path) -> PictureList:
     if len(names) < len(found):
         raise ValueError(f"{source} names {names.most_common(1)[0][0]} more than once; each picture may come once")
     labels = {label for _, label in found}
-    classes = tuple(sorted(label for label in labels if label)) if "" not in labels and len(labels) > 1 else ()
+    numbers = all(label.isdigit() for label in labels)
+    classes = tuple(sorted(labels, key=int if numbers else str)) if "" not in labels and len(labels) > 1 else ()
     ids = {label: number for number, label in enumerate(classes)}
     pictures = tuple(
         Picture(picture.name, picture.location, ids.get(label, -1), picture.offset, picture.size)
@@ -155,7 +158,7 @@ def _is_folder(source: str) -> bool:
     if storage.is_remote(source):
         return not storage.is_file(source)
     if not Path(source).exists():
-        raise FileNotFoundError(f"no pictures at {source}: expected a folder, a text file of paths or a .tar")
+        raise FileNotFoundError(f"no pictures at {source}: expected {EXPECTED}")
     return Path(source).is_dir()
 
 
@@ -163,6 +166,9 @@ def _in_folder(folder: str) -> Iterator[tuple[Picture, str]]:
     files = _files(folder)
     tars = [name for name in files if name.endswith(".tar") and "/" not in name and not name.startswith(".")]
     if tars:
+        loose = next((name for name in files if _is_picture(name)), None)
+        if loose:
+            raise ValueError(f"{folder} holds both tars ({tars[0]}) and pictures ({loose}); name a folder of one kind")
         for name in sorted(tars):
             yield from _in_tar(files[name])
         return
@@ -179,9 +185,12 @@ def _files(folder: str) -> dict[str, str]:
     """Every file under a folder: its name relative to the folder, and where it lies."""
     if storage.is_remote(folder):
         root = folder.rstrip("/") + "/"
-        return {location.removeprefix(root): location for location in storage.walk(folder)}
-    paths = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): str(path) for path in paths}
+        try:
+            return {location.removeprefix(root): location for location in storage.walk(folder)}
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no pictures at {folder}: expected {EXPECTED}") from None
+    paths = (Path(inside) / name for inside, _, names in os.walk(folder, followlinks=True) for name in names)
+    return {path.relative_to(folder).as_posix(): str(path) for path in paths if path.is_file()}
 
 
 def _is_picture(name: str) -> bool:
@@ -219,9 +228,10 @@ def _in_tar(location: str) -> Iterator[tuple[Picture, str]]:
         raise ValueError(f"{location} is no whole, uncompressed tar ({error}); fetch it again or unpack it") from None
     folder = location.rpartition("/")[2]
     for member in members:
-        if _is_picture(member.name):
-            label = labels.get(_key(member.name)) or (member.name.partition("/")[0] if "/" in member.name else "")
-            yield Picture(f"{folder}/{member.name}", location, -1, member.offset_data, member.size), label
+        name = member.name.removeprefix("./")
+        if _is_picture(name):
+            label = labels.get(_key(member.name)) or (name.partition("/")[0] if "/" in name else "")
+            yield Picture(f"{folder}/{name}", location, -1, member.offset_data, member.size), label
 
 
 def _key(name: str) -> str:

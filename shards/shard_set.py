@@ -3,6 +3,7 @@
 import os
 import threading
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shards.writer import shard_paths
 FORMAT, VERSION = "semmae-shards", 1
 MOST_OPEN = 256
 """Tars kept open; a process may usually open 1,024 files, and a set may have more shards than that."""
+TRIES = 10
 AGAIN = "run `verify --repair` on the set"
 OTHER_BYTES = "is damaged: its checksum differs"
 PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
@@ -80,6 +82,8 @@ class ShardSet:
         return opened
 
     def _take_labels(self, folder: str | Path) -> None:
+        if storage.is_remote(folder):
+            raise ValueError(f"the labels {folder} are remote; copy the label set to a local disk (shards are staged)")
         theirs = ShardSet.open(folder)
         if theirs.info.get("labels_of") != self.fingerprint:
             raise ValueError(
@@ -180,6 +184,13 @@ class ShardSet:
         """The error of a sample whose checksum is right and whose picture is not."""
         return self._damaged(self.row(index), "jpg", 0, what)
 
+    def refuse_labels_alone(self) -> None:
+        """Raises ValueError for a label set, where pictures are asked for."""
+        if "labels_of" in self.info:
+            raise ValueError(
+                f"{self.path} holds labels alone; name the shard set that they were made for, and them as its labels"
+            )
+
     def refuse_missing(self) -> None:
         """Look at the size of every tar, before an epoch that would trip over it.
 
@@ -199,7 +210,9 @@ class ShardSet:
         """A tar, opened at the first use; the least recently used are let go."""
         with self._lock:
             file = self._files.pop(shard, None)
-        file = file or self._opened(shard)  # outside the lock: it may be copied first
+        if file is None:
+            file = self._opened(shard)  # outside the lock: it may be copied first
+            self._let_go_of_deleted()
         with self._lock:
             self._files[shard] = file
             if len(self._files) > MOST_OPEN:
@@ -207,11 +220,29 @@ class ShardSet:
             return file
 
     def _opened(self, shard: int) -> "OpenFile":
-        path = self.stage.local(shard) if self.stage else shard_paths(self.path, shard)[0]
-        try:
-            return OpenFile(path)
-        except FileNotFoundError:
-            raise ShardError(f"{path} is missing; {AGAIN}") from None
+        path = shard_paths(self.path, shard)[0]
+        for _ in range(TRIES if self.stage else 1):  # another rank may make room between the copy and its opening
+            if self.stage:
+                path = self.stage.local(shard)
+            with suppress(FileNotFoundError):
+                return OpenFile(path)
+        raise ShardError(f"{path} is missing; {AGAIN}")
+
+    def reached(self, position: int) -> None:
+        """Reading has come to `position`: copies of shards before it may go.
+
+        Raises:
+            ShardError: See `Stage.reached`.
+        """
+        if self.stage:
+            self.stage.reached(position)
+        self._let_go_of_deleted()
+
+    def _let_go_of_deleted(self) -> None:
+        """An open file keeps its room on the disk after it is deleted, whoever deletes it."""
+        if self.stage:
+            with self._lock:
+                self._files = {shard: file for shard, file in self._files.items() if not file.deleted}
 
     def close(self) -> None:
         """Close every file."""
@@ -237,6 +268,10 @@ class OpenFile:
 
     def read(self, size: int, offset: int) -> bytes:
         return os.pread(self._number, size, offset)
+
+    @property
+    def deleted(self) -> bool:
+        return os.fstat(self._number).st_nlink == 0
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):

@@ -4,11 +4,12 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from shards import storage
 from shards.atomic import write_whole
@@ -31,22 +32,31 @@ class Stage:
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
         for name in ("dataset.json", "index.parquet"):
             try:
-                write_whole(self.folder / name, storage.read(f"{self.source}/{name}"))
+                theirs = storage.read(f"{self.source}/{name}")
             except FileNotFoundError:
                 raise FileNotFoundError(f"no whole shard set at {source}: {name} is missing there") from None
+            self._forget_another_set(self.folder / name, theirs)
+            write_whole(self.folder / name, theirs)
         self._shards: list[dict[str, Any]] = []
+        self._ahead: list[tuple[int, list[str]]] = []
+        """Windows copied or to be copied: where each ends, and its shards."""
         self._reached, self._closed = 0, False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None
 
+    def _forget_another_set(self, known: Path, theirs: bytes) -> None:
+        """A set may be built anew at the same place: copies of the old one go, whose sizes may be the same."""
+        if not known.is_file() or known.read_bytes() != theirs:
+            for copy in (self.folder / "shards").glob("*.tar"):
+                copy.unlink(missing_ok=True)
+
     def expect(self, shards: list[dict[str, Any]]) -> None:
-        """Take the list of shards from dataset.json: names, sizes, digests."""
+        """Take the list of shards from dataset.json (names, sizes, digests); sweep away what killed copiers left."""
         self._shards = shards
-        whole = {shard["name"] for shard in shards}
-        for file in (self.folder / "shards").glob("*.tar"):
-            if file.name not in whole:
-                file.unlink(missing_ok=True)
+        for aside in (self.folder / "shards").glob(".*.part"):
+            with suppress(Timeout), FileLock(self.folder / "shards" / f"{aside.name[1:-9]}.lock", blocking=False):
+                aside.unlink(missing_ok=True)
 
     def follow(self, windows: Iterator[tuple[int, np.ndarray]], *, window: int) -> None:
         """Begin to copy ahead, window after window; `reached` says how far reading has come.
@@ -63,7 +73,7 @@ class Stage:
                 f"raise --stage-gb, or {advice}"
             )
         self.close()
-        self._closed = False
+        self._ahead, self._reached, self._closed, self._failed = [], 0, False, None
         self._thread = threading.Thread(target=self._copy_ahead, args=(windows,), name="stage", daemon=True)
         self._thread.start()
 
@@ -87,11 +97,13 @@ class Stage:
         """
         told = self._shards[number]
         path = self.folder / "shards" / told["name"]
-        if path.is_file() and path.stat().st_size == told["bytes"]:
-            return path
-        with FileLock(path.with_suffix(".lock")):
-            if not (path.is_file() and path.stat().st_size == told["bytes"]):
-                self._copy(told, path)
+        if _size(path) != told["bytes"]:
+            with FileLock(path.with_suffix(".lock")):
+                if _size(path) != told["bytes"]:
+                    with self._changed:
+                        self._has_room(told)  # made where it can be, not waited for
+                        _aside(path).touch()  # counts from now on
+                    self._copy(told, path)
         return path
 
     def close(self) -> None:
@@ -104,14 +116,18 @@ class Stage:
             self._thread = None
 
     def _copy_ahead(self, windows: Iterable[tuple[int, np.ndarray]]) -> None:
-        ahead: list[tuple[int, list[int]]] = []
         begun = 0
         try:
             for end, numbers in windows:
-                ahead.append((end, numbers.tolist()))
-                for number in ahead[-1][1]:
-                    if not self._make_room(self._shards[number], ahead):
-                        return
+                with self._changed:
+                    self._ahead.append((end, [self._shards[number]["name"] for number in numbers]))
+                for number in numbers.tolist():
+                    with self._changed:
+                        self._changed.wait_for(
+                            lambda number=number: self._closed or self._has_room(self._shards[number])
+                        )
+                        if self._closed:
+                            return
                     self.local(number)
                 with self._changed:  # one window ahead is enough: the next one when this one is being read
                     self._changed.wait_for(lambda begun=begun: self._closed or self._reached >= begun)
@@ -119,28 +135,24 @@ class Stage:
         except Exception as error:  # passed on by `reached`, in the thread that trains
             self._failed = error
 
-    def _make_room(self, coming: dict[str, Any], ahead: list[tuple[int, list[int]]]) -> bool:
-        """Delete copies of past windows until `coming` fits, waiting for reading to move on where there is none.
-        False when closed meanwhile."""
-        with self._changed:
-            while not self._closed:
-                ahead[:] = [(end, numbers) for end, numbers in ahead if end > self._reached]
-                here = {path: path.stat().st_size for path in (self.folder / "shards").glob("*.tar")}
-                if any(path.name == coming["name"] for path in here):
-                    return True
-                if sum(here.values()) + coming["bytes"] <= self.max_bytes:
-                    return True
-                wanted = {self._shards[number]["name"] for _, numbers in ahead for number in numbers}
-                past = [path for path in sorted(here) if path.name not in wanted]
-                if past:
-                    past[0].unlink(missing_ok=True)
-                else:
-                    self._changed.wait()
-        return False
+    def _has_room(self, coming: dict[str, Any]) -> bool:
+        """Delete copies of past windows until `coming` fits beside the others, those under way included; false where
+        it does not. The caller holds `_changed`."""
+        self._ahead = [(end, names) for end, names in self._ahead if end > self._reached]
+        wanted = {name for _, names in self._ahead for name in names}
+        sizes = {shard["name"]: shard["bytes"] for shard in self._shards}
+        files = {file.name for file in (self.folder / "shards").iterdir()}
+        here = {name for name in sizes if name in files or _aside(Path(name)).name in files}
+        taken = sum(sizes[name] for name in here | {coming["name"]})
+        for past in sorted((here & files) - wanted - {coming["name"]}):
+            if taken <= self.max_bytes:
+                break
+            (self.folder / "shards" / past).unlink(missing_ok=True)
+            taken -= sizes[past]
+        return taken <= self.max_bytes
 
     def _copy(self, told: dict[str, Any], path: Path) -> None:
-        aside = path.with_name(f".{path.name}.part")  # one name: whoever copies holds the lock
-        digest = hashlib.sha256()
+        aside, digest = _aside(path), hashlib.sha256()
         try:
             with storage.open_binary(f"{self.source}/shards/{told['name']}") as source, open(aside, "wb") as copy:
                 while piece := source.read(PIECE):
@@ -152,6 +164,22 @@ class Stage:
                     "run `verify --repair` where the set was built and upload it again"
                 )
             os.replace(aside, path)
+        except FileNotFoundError as error:
+            aside.unlink(missing_ok=True)
+            raise ShardError(f"{self.source}/shards/{told['name']} is missing; upload it again") from error
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+
+
+def _aside(path: Path) -> Path:
+    """Where a copy is made: one name a shard, whoever copies holds its lock."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a copy; none where another rank has just made room."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

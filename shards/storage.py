@@ -5,9 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 WHOLE_FILE = -1
 
@@ -17,7 +16,7 @@ def is_remote(location: str | Path) -> bool:
     return "://" in str(location)
 
 
-def open_binary(location: str) -> BinaryIO:
+def open_binary(location: str) -> BinaryIO | NativeFile:
     """A seekable reader.
 
     Raises:
@@ -45,7 +44,7 @@ def walk(folder: str) -> Iterator[str]:
         FileNotFoundError: There is no such folder.
     """
     store, path = connect(folder)
-    scheme = urlsplit(folder).scheme
+    scheme = folder.partition("://")[0]
     for found in store.get_file_info(fs.FileSelector(path, recursive=True)):
         if found.type == fs.FileType.File:
             yield f"{scheme}://{found.path}"
@@ -64,8 +63,8 @@ def connect(location: str) -> tuple[fs.FileSystem, str]:
     Raises:
         ValueError: pyarrow knows no such store.
     """
-    parts = urlsplit(location)
-    return _store(parts.scheme, parts.netloc), f"{parts.netloc}{parts.path}".rstrip("/")
+    scheme, _, path = location.partition("://")  # not urlsplit: names of pictures may hold # and ?
+    return _store(scheme, path.partition("/")[0]), path.rstrip("/")
 
 
 @functools.cache

@@ -29,11 +29,12 @@ class Stream:
         window: Shards shuffled together; 0 = all of them. Small windows suit slow or remote disks.
         flip, crop_scale: See `View`.
         attention: Give the stored class attention too.
-        substitutes: Damaged samples that may be replaced by their neighbours, told on stderr, before the stream
-            stops; 0 stops at the first.
+        substitutes: Damaged samples that a rank may replace by their neighbours, each told on stderr, before the
+            stream stops; 0 stops at the first.
 
     Raises:
-        ValueError: The ranks do not divide the batch, or a stage is too small for the window.
+        ValueError: The ranks do not divide the batch, there are no pictures or no attention to give, or a stage is
+            too small for the window.
         ShardError: A shard is missing; while iterating: a sample is damaged (shard, key and offset are named).
     """
 
@@ -56,7 +57,10 @@ class Stream:
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple")
+        if attention and not shards.heads:
+            raise ValueError(f"the labels of {shards.path} hold no class attention; extract them with --attention")
         assert_decoders_agree()
+        shards.refuse_labels_alone()
         shards.refuse_missing()
         self.shards, self.batch_size, self.seed, self.position = shards, batch_size, seed, position
         self.local = batch_size // world_size
@@ -81,7 +85,7 @@ class Stream:
         Raises:
             ValueError: It was taken from other shards, labels, seed or order.
         """
-        ours = self.state(state["position"])
+        ours = self.state(state.get("position", 0))
         differing = [
             f"{name} was {state.get(name)}, now {ours[name]}" for name in ours if state.get(name) != ours[name]
         ]
@@ -99,8 +103,7 @@ class Stream:
         batches = self._reader.decoded(self._places(), threads=self.threads, prefetch=self.prefetch)
         try:
             for batch in batches:
-                if stage:
-                    stage.reached(batch.position)
+                self.shards.reached(batch.position)
                 yield batch
         finally:
             batches.close()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,17 @@ def tars(out: Path) -> dict[str, str]:
     """SHA-256 of every tar and of the merged index."""
     files = [*sorted((out / "shards").glob("*.tar")), out / "index.parquet"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def open_files(folder: Path) -> list[str]:
+    """The tars that this process has open in a folder; the kernel (Linux alone) marks deleted ones."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files cannot be listed here")
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(str(link.readlink()))
+    return [name for name in found if name.startswith(str(folder)) and ".tar" in name]
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,16 @@ def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
     assert np.array_equal(np.sort(fgrank.reshape(5, -1)), np.tile(np.arange(16), (5, 1)))
 
 
+def test_tokens_that_are_not_finite_are_not_labelled(photos, tmp_path):
+    learn(config(photos, tmp_path / "run"))
+    labeller = Labeller(tmp_path / "run")
+    with torch.no_grad():
+        labeller.encoder.model.patch_embed.proj.bias[0] = torch.inf
+
+    with pytest.raises(FloatingPointError, match="tokens that are not finite"):
+        labeller(np.zeros((2, 64, 64, 3), np.uint8))
+
+
 def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
     learn(config(photos, tmp_path / "run", **LITERAL))
     labeller = Labeller(tmp_path / "run")
@@ -86,7 +96,7 @@ def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"parts": 1}, "parts must be at least 2"),
+        ({"parts": 1}, "parts must lie between 2 and 255"),
         ({"foreground_share": 0.0}, "foreground_share must lie in"),
         ({"init": "heads"}, "belong together"),
         ({"foreground": "maps"}, "add --where everywhere"),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from partlearn.config import ExtractConfig
 from pipeline.extract import extract
+from shards.errors import ShardError
 from shards.shard_set import ShardSet
 from shards.verify import verify
 from training.checkpoint import CheckpointError
@@ -88,6 +89,27 @@ def test_the_unreadable_are_listed_and_the_rest_is_processed(parts, tmp_path):
     with ShardSet.open(tmp_path / "out") as shards:
         assert {"cmyk.jpg", "grey.jpg", "png_named.jpg", "deep.png"} <= set(shards.sources)
     assert verify(tmp_path / "out", "deep") == []
+
+
+def test_an_outage_does_not_pass_for_a_set_of_few_pictures(parts, tmp_path):
+    photos, out = photographs(tmp_path / "photos", 14), tmp_path / "out"
+    for number in range(11):
+        (photos / f"{number:03d}.jpg").write_bytes(b"")
+
+    with pytest.raises(ShardError, match=r"11 of 14 pictures could not be read, the first, .*--max-rejects"):
+        extract(config(photos, parts, out))
+
+    assert not (out / "dataset.json").exists()
+    assert extract(config(photos, parts, out, max_rejects=0.8))["rejected"] == 11
+
+
+def test_other_pictures_of_the_same_names_are_refused_in_the_same_folder(parts, tmp_path):
+    photos, out = photographs(tmp_path / "photos", 3), tmp_path / "out"
+    extract(config(photos, parts, out))
+    (tmp_path / "others").mkdir()
+
+    with pytest.raises(ValueError, match=r"source was .*photos', now .*others/photos'"):
+        extract(config(photographs(tmp_path / "others/photos", 3), parts, out))
 
 
 def test_other_settings_in_the_same_folder_are_refused(parts, tmp_path):
