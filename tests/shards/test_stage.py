@@ -74,9 +74,9 @@ def stream(shards: ShardSet, **options) -> Iterator:
 
 @pytest.mark.parametrize("options", [{}, {"threads": 4, "prefetch": 4}, {"position": 77}, {"crop_scale": 0.4}], ids=str)
 def test_a_staged_stream_is_the_unstaged_one_bit_for_bit_in_two_windows_of_room(options, source, original, tmp_path):
-    """Two and a half epochs, so that every shard is copied, let go, and copied again."""
+    """One and a half epochs, so that shards are copied, let go, and copied again."""
     with ShardSet.open(source, stage=tmp_path, stage_bytes=two_windows(original)) as staged:
-        assert same(stream(staged, **options), stream(original, **options), 50)
+        assert same(stream(staged, **options), stream(original, **options), 30)
 
 
 class Watch(threading.Thread):
@@ -121,7 +121,7 @@ def test_the_copies_never_take_more_than_they_may(pause, threads, source, origin
     ):
         for _ in range(2):  # the second stream begins where the first began, with its last copies there
             batches = stream(staged, threads=threads)
-            for _ in islice(batches, 45):
+            for _ in islice(batches, 30):
                 time.sleep(pause)
             batches.close()
 
@@ -297,7 +297,7 @@ def test_copies_that_vanish_under_the_reader_are_copied_again(original, tmp_path
         other = threading.Thread(target=sweep, args=(staged.path / "shards",))
         other.start()
         try:
-            assert same(stream(staged, threads=3), stream(original), 60)
+            assert same(stream(staged, threads=3), stream(original), 30)
         finally:
             done.set()
             other.join()
@@ -338,7 +338,7 @@ def test_g3_a_kill_while_a_shard_is_copied_leaves_nothing_that_is_taken_for_whol
 
     with ShardSet.open(mine, stage=stage, stage_bytes=two_windows(original)) as staged:
         assert not list(stage.glob("*/shards/.*.part"))
-        assert same(stream(staged), stream(original), 40)
+        assert same(stream(staged), stream(original), 25)
         for copy in staged.path.glob("shards/*.tar"):
             assert sha256_file(copy) == sha256_file(original.path / "shards" / copy.name)
 

@@ -1,5 +1,6 @@
 """S1-S5, S8, S9: every sample once, in an order of seed and epoch alone, from any position, on any number of ranks."""
 
+import dataclasses
 import io
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import open_files, write_set
+from conftest import drawn, open_files, write_samples, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -295,12 +296,20 @@ def test_s8_a_state_of_another_version_or_none_is_refused_by_the_field(whole):
         stream.resume({"version": 1, "position": 16, "seed": 0, "order": "global/v1"})
 
 
-def test_s8_a_state_of_other_shards_or_labels_is_refused_by_the_field(make_shards):
+def test_s8_a_state_of_other_shards_or_labels_is_refused_by_the_field(make_shards, tmp_path):
     one, other = make_shards("one"), make_shards("other", seed=1)
     state = Stream(one, batch_size=8, seed=0).state(16)
+    info = {"grid": 4, "groups": 4, "size": 32, "classes": list(one.classes), "labels_of": one.fingerprint}
+    alone = (dataclasses.replace(sample, jpeg=b"") for sample in drawn(40, 32, 4, 4, 3, seed=7))
+    labels = write_samples(tmp_path / "labels", alone, info, samples_per_shard=16)
 
     with pytest.raises(ValueError, match=f"fingerprint was {one.fingerprint}, now {other.fingerprint}"):
         Stream(other, batch_size=8, seed=0).resume(state)
+    with ShardSet.open(one.path, labels=labels) as relabelled:
+        stream = Stream(relabelled, batch_size=8, seed=0)
+        with pytest.raises(ValueError, match=rf"fingerprint was {one.fingerprint}, now {one.fingerprint}\+[0-9a-f]+\)"):
+            stream.resume(state)
+        stream.resume(stream.state(16))
 
 
 class Counting(OpenFile):
