@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ class Stage:
 
     def __init__(self, source: str, folder: Path, max_bytes: int):
         self.source, self.max_bytes = source.rstrip("/"), max_bytes
+        if not storage.is_remote(source):
+            self.source = str(Path(source).absolute())
         self.folder = folder / hashlib.sha256(self.source.encode()).hexdigest()[:16]
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
         for name in ("dataset.json", "index.parquet"):
@@ -58,23 +61,32 @@ class Stage:
             with suppress(Timeout), FileLock(self.folder / "shards" / f"{aside.name[1:-9]}.lock", blocking=False):
                 aside.unlink(missing_ok=True)
 
-    def follow(self, windows: Iterator[tuple[int, np.ndarray]], *, window: int) -> None:
+    def follow(self, windows: Iterator[tuple[int, np.ndarray]], *, window: int, under_way: int) -> None:
         """Begin to copy ahead, window after window; `reached` says how far reading has come.
 
+        Args:
+            window: Shards read together; 0 = all of them.
+            under_way: Samples that are being read beyond the position reached: batches decoded ahead.
+
         Raises:
-            ValueError: Two windows, the one being read and the next, do not fit into the stated size.
+            ValueError: The window being read and those ahead of it that are under way (one at least) do not fit into
+                the stated size.
         """
         sizes = sorted((shard["bytes"] for shard in self._shards), reverse=True)
-        needed = sum(sizes[: 2 * window]) if window else sum(sizes)
+        fewest = sum(sorted(shard["samples"] for shard in self._shards)[:window])
+        ahead = max(1, -(-under_way // max(1, fewest))) if window else 1
+        needed = sum(sizes[: (1 + ahead) * window]) if window else sum(sizes)
         if needed > self.max_bytes:
             advice = "choose a smaller --window" if window else "shuffle windows of shards, with --window 8, say"
+            if ahead > 1:
+                advice = f"read smaller batches or more shards at a time: batches under way span {ahead} windows"
             raise ValueError(
                 f"staging needs {needed / 1e9:.2f} GB in {self.folder.parent} and may take {self.max_bytes / 1e9:.2f}; "
                 f"raise --stage-gb, or {advice}"
             )
         self.close()
         self._ahead, self._reached, self._closed, self._failed = [], 0, False, None
-        self._thread = threading.Thread(target=self._copy_ahead, args=(windows,), name="stage", daemon=True)
+        self._thread = threading.Thread(target=self._copy_ahead, args=(windows, ahead), name="stage", daemon=True)
         self._thread.start()
 
     def reached(self, position: int) -> None:
@@ -115,8 +127,9 @@ class Stage:
             self._thread.join()
             self._thread = None
 
-    def _copy_ahead(self, windows: Iterable[tuple[int, np.ndarray]]) -> None:
-        begun = 0
+    def _copy_ahead(self, windows: Iterable[tuple[int, np.ndarray]], ahead: int) -> None:
+        """Copy up to `ahead` windows beyond the one being read."""
+        ends = deque([0] * ahead, maxlen=ahead)
         try:
             for end, numbers in windows:
                 with self._changed:
@@ -129,9 +142,9 @@ class Stage:
                         if self._closed:
                             return
                     self.local(number)
-                with self._changed:  # one window ahead is enough: the next one when this one is being read
-                    self._changed.wait_for(lambda begun=begun: self._closed or self._reached >= begun)
-                begun = end
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._reached >= ends[0])
+                ends.append(end)
         except Exception as error:  # passed on by `reached`, in the thread that trains
             self._failed = error
 

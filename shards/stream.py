@@ -99,7 +99,8 @@ class Stream:
     def __iter__(self) -> Generator[Batch, None, None]:
         stage = self.shards.stage
         if stage:
-            stage.follow(self._epochs.windows(self.position), window=self._epochs.window)
+            under_way = (self.prefetch + 1) * self.batch_size
+            stage.follow(self._epochs.windows(self.position), window=self._epochs.window, under_way=under_way)
         batches = self._reader.decoded(self._places(), threads=self.threads, prefetch=self.prefetch)
         try:
             for batch in batches:

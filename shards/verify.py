@@ -92,7 +92,7 @@ def _whole(folder: Path, info: dict[str, Any]) -> Iterator[Fault]:
     rejected = folder / "rejected.parquet"
     if not rejected.is_file():
         yield Fault(rejected.name, "", -1, "is missing")
-    elif sha256_file(rejected) != info["rejected_sha256"]:
+    elif sha256_file(rejected) != info.get("rejected_sha256"):
         yield Fault(rejected.name, "", -1, "is not the one dataset.json names")
 
 

@@ -74,8 +74,10 @@ def stream(shards: ShardSet, **options) -> Iterator:
 
 @pytest.mark.parametrize("options", [{}, {"threads": 4, "prefetch": 4}, {"position": 77}, {"crop_scale": 0.4}], ids=str)
 def test_a_staged_stream_is_the_unstaged_one_bit_for_bit_in_two_windows_of_room(options, source, original, tmp_path):
-    """One and a half epochs, so that shards are copied, let go, and copied again."""
-    with ShardSet.open(source, stage=tmp_path, stage_bytes=two_windows(original)) as staged:
+    """One and a half epochs, so that shards are copied, let go, and copied again. What is decoded far ahead spans more
+    windows, and needs room for them."""
+    room = two_windows(original) * (2 if "prefetch" in options else 1)
+    with ShardSet.open(source, stage=tmp_path, stage_bytes=room) as staged:
         assert same(stream(staged, **options), stream(original, **options), 30)
 
 
@@ -351,7 +353,7 @@ from shards.stream import Stream
 
 source, stage, budget, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 with ShardSet.open(source, stage=stage, stage_bytes=budget) as shards:
-    stream = Stream(shards, batch_size=6, seed=0, window=2, rank=rank, world_size=2)
+    stream = Stream(shards, batch_size=6, seed=0, window=2, rank=rank, world_size=2, prefetch=1)
     for batch in islice(stream, 25):
         digest = hashlib.sha256(batch.images.tobytes() + batch.parts.tobytes() + batch.fgrank.tobytes())
         print(json.dumps([batch.position, batch.indices.tolist(), digest.hexdigest()]), flush=True)
