@@ -79,15 +79,18 @@ def bench_loader(images: str, *, out: Path, minutes: float, most: int, block_s: 
 
 
 def _stream(shards: ShardSet, *, threads: int) -> Callable[[float], int]:
-    """A new stream for every block: one that lived on would decode ahead while other cases are measured.
-
-    What two threads have decoded ahead when the block ends is lost to them, 2 % at most.
+    """One thread without prefetch stands still between blocks, so one stream serves all of them, as in training. With
+    more, each block gets a new one: it would decode ahead while other cases are measured. What that has decoded ahead
+    when the block ends is lost to it, 2 % at most.
     """
+    if threads == 1:
+        still = Stream(shards, batch_size=BATCH, seed=0, flip=True, threads=1, prefetch=0)
+        counts = (len(batch.images) for batch in still)
+        return lambda seconds: _taken(counts, seconds)
     seeds = itertools.count()
 
     def run(seconds: float) -> int:
-        ahead = 0 if threads == 1 else 2
-        stream = Stream(shards, batch_size=BATCH, seed=next(seeds), flip=True, threads=threads, prefetch=ahead)
+        stream = Stream(shards, batch_size=BATCH, seed=next(seeds), flip=True, threads=threads, prefetch=2)
         with closing(iter(stream)) as batches:
             return _taken((len(batch.images) for batch in batches), seconds)
 

@@ -1,7 +1,5 @@
 """One sample: a picture with its labels, and the bytes of its members."""
 
-import functools
-import math
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,24 +66,10 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return npy_header(little.dtype, little.shape) + little.tobytes()
 
 
-@functools.cache
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The only header our members have, so that reading compares bytes instead of parsing."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
     return MAGIC + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11).encode() + b"\n"
-
-
-def from_npy(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in the bytes of a member, without a copy.
-
-    Raises:
-        ValueError: The header or the length is another one.
-    """
-    header = npy_header(dtype, shape)
-    if not data.startswith(header) or len(data) != HEADER + math.prod(shape) * dtype.itemsize:
-        size = "x".join(map(str, shape))
-        raise ValueError(f"is no {size} .npy of {dtype.name}: {len(data)} bytes with another header")
-    return np.frombuffer(data, dtype, offset=HEADER).reshape(shape)
 
 
 def check_labels(parts: np.ndarray, fgrank: np.ndarray, *, groups: int, name: str) -> None:

@@ -1,11 +1,12 @@
 """Reading a whole shard set: one `pread` a sample, every checksum compared, safe from any thread."""
 
+import math
 import os
 import threading
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from shards import storage
 from shards.atomic import read_json, sha256_file
 from shards.errors import SampleError, ShardError
 from shards.index import Row, load_rows, read_column
-from shards.sample import HEADER, Sample, from_npy
+from shards.sample import HEADER, Sample, npy_header
 from shards.stage import Stage
 from shards.writer import shard_paths
 
@@ -37,10 +38,12 @@ class ShardSet:
         self.fingerprint: str = info["fingerprint"]
         self.labels: ShardSet | None = None
         self._rows = rows
-        self._square = (self.grid, self.grid)
-        self._parts_bytes = HEADER + self.grid**2
-        self._fgrank_bytes = HEADER + 2 * self.grid**2
-        self._attn_bytes = HEADER + self.heads * self.grid**2
+        square = (self.grid, self.grid)
+        self._forms = {
+            "parts": _form(PARTS, square),
+            "fgrank": _form(RANKS, square),
+            "attn": _form(PARTS, (self.heads, *square)),
+        }
         self._files: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
 
@@ -147,32 +150,28 @@ class ShardSet:
 
     def _span(self, row: Row, first: int, attention: bool) -> bytes:
         """A sample's bytes from `first` to the end of its labels."""
-        end = row.attn + self._attn_bytes if attention else row.fgrank + self._fgrank_bytes
+        end = row.attn + self._forms["attn"].size if attention else row.fgrank + self._forms["fgrank"].size
         return self._file(row.shard).read(end - first, row.begin + first)
 
     def _labels(
         self, row: Row, span: bytes, first: int, attention: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The labels in bytes that begin at `first`."""
-        at = row.parts - first
-        parts = span[at : at + self._parts_bytes]
-        if zlib.crc32(parts) != row.crc32_parts:
-            raise self._damaged(row, "parts", row.parts)
-        at = row.fgrank - first
-        fgrank = span[at : at + self._fgrank_bytes]
-        if zlib.crc32(fgrank) != row.crc32_fgrank:
-            raise self._damaged(row, "fgrank", row.fgrank)
-        attn = span[row.attn - first :] if attention else b""
-        if attention and zlib.crc32(attn) != row.crc32_attn:
-            raise self._damaged(row, "attn", row.attn)
-        try:
-            return (
-                from_npy(parts, PARTS, self._square),
-                from_npy(fgrank, RANKS, self._square),
-                from_npy(attn, PARTS, (self.heads, *self._square)) if attention else None,
-            )
-        except ValueError as error:
-            raise self._damaged(row, "labels", row.parts, str(error)) from None
+        parts = self._array(row, "parts", span, row.parts - first, row.crc32_parts)
+        fgrank = self._array(row, "fgrank", span, row.fgrank - first, row.crc32_fgrank)
+        attn = self._array(row, "attn", span, row.attn - first, row.crc32_attn) if attention else None
+        return parts, fgrank, attn
+
+    def _array(self, row: Row, member: str, span: bytes, at: int, checksum: int) -> np.ndarray:
+        """The array of a member at `at` in the bytes read, without a copy."""
+        header, kind, shape, size = self._forms[member]
+        data = span[at : at + size]
+        if zlib.crc32(data) != checksum:
+            raise self._damaged(row, member, getattr(row, member))
+        if not data.startswith(header):
+            what = f"is no .npy of {kind.name} {'x'.join(map(str, shape))}, as dataset.json has it"
+            raise self._damaged(row, member, getattr(row, member), what)
+        return np.frombuffer(data, kind, offset=HEADER).reshape(shape)
 
     def _damaged(
         self, row: Row, member: str, first: int, what: str = "is damaged: its checksum differs"
@@ -258,6 +257,19 @@ class ShardSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Form(NamedTuple):
+    """What a member of labels must look like."""
+
+    header: bytes
+    kind: np.dtype
+    shape: tuple[int, ...]
+    size: int
+
+
+def _form(kind: np.dtype, shape: tuple[int, ...]) -> _Form:
+    return _Form(npy_header(kind, shape), kind, shape, HEADER + math.prod(shape) * kind.itemsize)
 
 
 class OpenFile:
