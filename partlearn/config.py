@@ -99,7 +99,7 @@ class LearnConfig:
     views: int = 4
     """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets)."""
     steps: int = 1000
-    """Updates."""
+    """Updates; 0 leaves the start as it is: the k-means or the heads baseline."""
     batch_size: int = 64
     """Pictures a step."""
     lr: float = 1e-3
@@ -117,9 +117,9 @@ class LearnConfig:
             raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
         if self.grid > 256:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
-        if self.grid < 2 or self.steps < 1 or self.batch_size < 1 or self.views < 0:
+        if self.grid < 2 or self.steps < 0 or self.batch_size < 1 or self.views < 0:
             raise ValueError(
-                "grid must be at least 2, steps and batch_size at least 1, views not negative, got "
+                "grid must be at least 2, batch_size at least 1, steps and views not negative, got "
                 f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
             )
         scale = self.decoder_size / self.grid
@@ -143,9 +143,13 @@ class ExtractConfig:
     relabel: Path | None = None
     """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
     parts: Path
-    """Run folder of a part learner (`learn-parts`)."""
+    """Run folder of a part learner (`learn-parts`), or a baseline: heads, kmeans-image, regions, grid, bands."""
     encoder: str | None = None
     """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
+    encoder_block: int | None = None
+    """Of a baseline: the block (from 0) whose tokens are read; the last unless told."""
+    count: int = 6
+    """Of a baseline: parts (heads: as many as there are)."""
     size: int = 224
     """Side of the stored JPEG in pixels."""
     quality: int = 90

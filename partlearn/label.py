@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import UInt8, UInt16
 
+from partlearn.baselines import NAMES, Baseline
 from partlearn.encoders import CPU, load_encoder
-from partlearn.learner import load_learner
+from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
 from training.device import computes_bf16
 
@@ -26,38 +27,55 @@ class Labels:
 
 
 class Labeller:
-    """A frozen encoder and the part learner that was trained on it.
+    """A frozen encoder and the part learner that was trained on it, or a baseline on any encoder.
+
+    Args:
+        parts: Run folder of a part learner, or the name of a baseline (`partlearn/baselines.py`).
+        encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
+        grid, block, count: Of a baseline: cells a side (28), the block whose tokens are read, parts.
 
     Raises:
-        ValueError: The grid or the encoder is not the one the parts were learned on.
+        ValueError: The grid or the encoder is not the one the parts were learned on, or a baseline lacks its encoder.
         CheckpointError: Weights are missing, torn, or have changed since.
     """
 
     def __init__(
         self,
-        parts: Path,
+        parts: str | Path,
         *,
         encoder: str | None = None,
         grid: int | None = None,
+        block: int | None = None,
+        count: int = 6,
         device: torch.device = CPU,
         precision: str = "auto",
         attention: bool = False,
     ):
-        learner, described, self.sha256 = load_learner(parts)
-        self.learner = learner.to(device)
         self.attention = attention
-        self.grid, self.groups = learner.shape.grid, learner.shape.groups
-        if grid not in (None, self.grid):
-            raise ValueError(f"--grid {grid} was asked for, but the parts of {parts} were learned on {self.grid}")
-        source = encoder or described["source"]
-        self.encoder = load_encoder(
-            source, grid=self.grid, block=described["block"], device=device, precision=precision
-        )
-        if self.encoder.fingerprint != described["weights_sha256"]:
-            raise CheckpointError(
-                f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
-                "or learn the parts again"
-            )
+        options: dict[str, Any] = {"device": device, "precision": precision}
+        self.learner: PartLearner | Baseline
+        if str(parts) in NAMES:
+            if encoder is None:
+                raise ValueError(f"the baseline {parts} needs an --encoder")
+            self.encoder = load_encoder(encoder, grid=grid or 28, block=block, **options)
+            name: Any = str(parts)
+            self.learner = Baseline(name, self.encoder, parts=count)
+            self.sha256 = self.learner.sha256
+        else:
+            learner, described, self.sha256 = load_learner(Path(parts))
+            self.learner = learner.to(device)
+            if grid not in (None, learner.shape.grid):
+                raise ValueError(f"--grid {grid} was asked for, but {parts} was learned on {learner.shape.grid}")
+            if block not in (None, described["block"]):
+                raise ValueError(f"--encoder-block {block} was asked for, but {parts} reads {described['block']}")
+            source = encoder or described["source"]
+            self.encoder = load_encoder(source, grid=learner.shape.grid, block=described["block"], **options)
+            if self.encoder.fingerprint != described["weights_sha256"]:
+                raise CheckpointError(
+                    f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
+                    "or learn the parts again"
+                )
+        self.grid, self.groups = self.learner.shape.grid, self.learner.shape.groups
 
     def describe(self) -> dict[str, Any]:
         """What the labels come from, for dataset.json."""
@@ -67,6 +85,7 @@ class Labeller:
         return {
             "encoder": self.encoder.description,
             "learner_sha256": self.sha256,
+            **(self.learner.describe() if isinstance(self.learner, Baseline) else {}),
             "device": device.type,
             "precision": precision,
         }

@@ -67,6 +67,8 @@ def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[s
         views = Views(config, encoder, pictures)
         if not resumed:
             _start(learner, config, encoder, views)
+        if not config.steps:
+            _save(run, 0, learner, encoder, optimiser)
         batches = views.batches(step=step)
         metrics, progress = Metrics(run.path, step=step), Progress(config.steps, "parts", "steps", done=step)
         clock = checkpoint.Clock(config.run.checkpoint_minutes)

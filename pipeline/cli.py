@@ -11,7 +11,7 @@ import tyro
 
 from evaluate.config import KnnConfig, ProbeConfig
 from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
-from pipeline.config import BenchConfig, DemoConfig, SubmitConfig, VerifyConfig
+from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
 from pretrain.config import PretrainConfig
 
 Plain = tyro.conf.arg(name="")
@@ -125,6 +125,17 @@ def submit(config: Annotated[SubmitConfig, Plain]) -> None:
     send(config)
 
 
+def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
+    """Score part labels on pictures whose parts are known, beside baselines and shortcuts.
+
+    Example:
+      semmae score-parts --images cars/val people/val --parts runs/parts heads kmeans-image grid --encoder dino:dino.pth --sheet parts.png
+    """
+    from pipeline.score_parts import score_parts as score
+
+    score(config)
+
+
 def demo(config: Annotated[DemoConfig, Plain]) -> None:
     """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and a picture sheet.
 
@@ -145,6 +156,7 @@ VERBS = {
     "pretrain": pretrain,
     "knn": knn,
     "probe": probe,
+    "score-parts": score_parts,
     "bench": bench,
     "submit": submit,
     "demo": demo,

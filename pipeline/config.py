@@ -40,6 +40,36 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePartsConfig:
+    """Part labels against pictures whose parts are known."""
+
+    images: tuple[str, ...]
+    """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255)."""
+    parts: tuple[str, ...] = ("heads", "kmeans-image", "regions", "grid")
+    """Run folders of part learners, or baselines: heads, kmeans-image, regions, grid, bands."""
+    encoder: str | None = None
+    """Frozen encoder of the baselines; a learner brings its own."""
+    encoder_block: int | None = None
+    """Block (from 0) whose tokens the baselines read; the last unless told."""
+    count: int = 6
+    """Parts of the baselines."""
+    grid: int = 28
+    """Cells a side of the baselines' labels."""
+    size: int = 224
+    """Side in pixels that the pictures are cut to."""
+    json: Path | None = None
+    """Write the rows there as a JSON list."""
+    sheet: Path | None = None
+    """Draw the first pictures of the first folder there (PNG): truth beside the labels of each method."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the encoder runs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type of the encoder."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from partlearn.baselines import NAMES
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
 from partlearn.label import Labeller
@@ -67,6 +68,8 @@ def load_labeller(config: ExtractConfig) -> Labeller:
         config.parts,
         encoder=config.encoder,
         grid=config.grid,
+        block=config.encoder_block,
+        count=config.count,
         device=pick_device(config.run.device),
         precision=config.run.precision,
         attention=config.attention,
@@ -202,7 +205,8 @@ def _on_ray(
 
     from pipeline.cluster import connect, refuse_paths_of_the_upload
 
-    refuse_paths_of_the_upload(*(path for path in (config.run.out, config.parts, config.relabel) if path))
+    parts = None if str(config.parts) in NAMES else config.parts
+    refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))
     connect()
     arguments = (config, ray.put(source), plan_digest)
     return build_on_ray(numbers, Builder, arguments, workers=config.workers, gpus_per_worker=config.gpus_per_worker)

@@ -1,6 +1,7 @@
 """One picture that shows the whole method: pictures, parts, foreground, masks as training goes on, reconstructions."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,14 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
 
     columns = [
         images,
-        0.35 * images + 0.65 * _enlarged(_coloured(batch.parts, shards.groups), shards.size),
-        images * _enlarged(_brightness(batch.fgrank), shards.size),
+        0.35 * images + 0.65 * enlarged(coloured(batch.parts, shards.groups), shards.size),
+        images * enlarged(_brightness(batch.fgrank), shards.size),
         *(_with_holes(images, masked, model.side) for masked in masks),
         rebuilt(masks[0]),
         rebuilt(masks[2]),
     ]
     buffer = io.BytesIO()
-    _assemble(columns).save(buffer, "PNG")
+    assemble(COLUMNS, columns).save(buffer, "PNG")
     write_whole(path, buffer.getvalue())
     return path
 
@@ -70,7 +71,7 @@ def _pick(shards: ShardSet, seed: int) -> Batch:
     return Batch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names), position=0)
 
 
-def _coloured(parts: np.ndarray, groups: int) -> np.ndarray:
+def coloured(parts: np.ndarray, groups: int) -> np.ndarray:
     """A colour a part; the last group, the background, is dark."""
     palette = np.concatenate([COLOURS[np.arange(groups - 1) % len(COLOURS)], BACKGROUND[None]])
     return palette[parts]
@@ -84,21 +85,22 @@ def _brightness(fgrank: np.ndarray) -> np.ndarray:
 def _with_holes(images: np.ndarray, masked: Masked, side: int) -> np.ndarray:
     """What the encoder sees: hidden patches, and those that take no part, are blank."""
     seen = torch.zeros(len(images), side * side).scatter_(1, masked.ids_visible, 1.0).reshape(-1, side, side, 1)
-    window = _enlarged(seen.numpy(), images.shape[1])
+    window = enlarged(seen.numpy(), images.shape[1])
     return images * window + HIDDEN * (1 - window)
 
 
-def _enlarged(grid: np.ndarray, size: int) -> np.ndarray:
+def enlarged(grid: np.ndarray, size: int) -> np.ndarray:
     """Cells as squares of pixels; sizes that cells do not divide take the nearest cell."""
     rows = np.arange(size) * grid.shape[1] // size
     return grid[:, rows][:, :, rows]
 
 
-def _assemble(columns: list[np.ndarray]) -> Image.Image:
+def assemble(names: Sequence[str], columns: Sequence[np.ndarray]) -> Image.Image:
+    """Columns of pictures, each under its name."""
     step, rows = CELL + GAP, len(columns[0])
     sheet = Image.new("RGB", (GAP + step * len(columns), HEADER + step * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for column, (name, pictures) in enumerate(zip(COLUMNS, columns, strict=True)):
+    for column, (name, pictures) in enumerate(zip(names, columns, strict=True)):
         pen.text((GAP + step * column + CELL / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
         for row, picture in enumerate(pictures):
             tile = Image.fromarray(picture.clip(0, 255).astype(np.uint8))

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from evaluate.part_quality import cells_of, score, shortcuts
+from evaluate.part_scores import background_first
 from shards.batches import in_order
 from shards.pictures import square
 from shards.shard_set import ShardSet
@@ -39,11 +40,6 @@ def score_against_truth(sets: dict[str, ShardSet], *, truth: Path) -> list[dict[
     for control, scores in shortcuts(true, images, shards.groups).items():
         rows.append({"method": control} | {name: scores[name] for name in SHOWN})
     return rows
-
-
-def background_first(parts: np.ndarray, groups: int) -> np.ndarray:
-    """Stored labels count parts from 0 and name the background last; truth has it first, as 0."""
-    return (parts.astype(np.int64) + 1) % groups
 
 
 def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

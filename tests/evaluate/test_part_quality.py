@@ -183,8 +183,15 @@ def test_perfect_labels_score_one_and_the_columns_are_the_interfaces():
     columns = score(truth.astype(np.uint8), fgrank, truth, images, groups=4)
     controls = shortcuts(truth, images, groups=4)
 
-    wanted = "foreground_ap foreground_recall_quarter beyond_shortcut nmi ari nmi_image ari_image colour_nmi bands_nmi"
-    assert set(columns) == {*wanted.split(), "parts_used", "largest_share", "speckle"}
+    wanted = "foreground_ap foreground_recall_quarter nmi ari nmi_image ari_image colour_nmi bands_nmi"
+    assert set(columns) == {
+        *wanted.split(),
+        "beyond_shortcut",
+        "beyond_other",
+        "parts_used",
+        "largest_share",
+        "speckle",
+    }
     for name in ("foreground_ap", "foreground_recall_quarter", "nmi", "ari", "nmi_image", "ari_image"):
         assert columns[name] == pytest.approx(1)
     assert columns["parts_used"] == 3

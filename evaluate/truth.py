@@ -1,0 +1,96 @@
+"""Pictures with known parts or masks, seen through square crops: pixels, and true labels of the same cells."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from evaluate.part_quality import cells_of
+from shards.pictures import decode_rgb, list_pictures, read_bytes
+
+SHIFTED, SHIFT = 0.8, 0.25
+"""The shift test's crops: their side over the picture's short side, and their distance over their side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A square of a picture in its pixels."""
+
+    x0: int
+    y0: int
+    side: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        return (self.x0, self.y0, self.x0 + self.side, self.y0 + self.side)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The same crop of every picture of a set."""
+
+    images: UInt8[np.ndarray, "pictures side side 3"]
+    truth: Int[np.ndarray, "pictures grid grid"]
+    """0 background, 255 unknown, else a part."""
+
+
+class TruthSet:
+    """`images/NAME.jpg` with `labels/NAME.png` (part ids, 0 = background, 255 unknown) or `masks/NAME.png` (0, 255).
+
+    Raises:
+        FileNotFoundError: A picture has no truth, or there is no such folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.only_masks = not (folder / "labels").is_dir()
+        self.pictures = list_pictures(folder).pictures
+        truths = folder / ("masks" if self.only_masks else "labels")
+        self._truth = [truths / PurePosixPath(picture.name).with_suffix(".png") for picture in self.pictures]
+        missing = [path for path in self._truth if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} is missing: every picture needs its truth in {truths}")
+
+    def centre(self, *, size: int, grid: int) -> View:
+        """The centre square of the short side, as extraction stores it."""
+        return self._view(lambda width, height, index: _square(width, height, 0.5), size, grid)
+
+    def off_centre(self, *, size: int, grid: int) -> View:
+        """The squares at the ends of the long side, one end and the other by turns: place tells less of the parts."""
+        return self._view(lambda width, height, index: _square(width, height, index % 2), size, grid)
+
+    def shifted(self, *, size: int, grid: int) -> tuple[View, View]:
+        """Two crops of every picture, the second a quarter of their side further right."""
+
+        def crop(width: int, height: int, step: int) -> Crop:
+            side = int(SHIFTED * min(width, height))
+            x0 = (width - side - round(SHIFT * side)) // 2
+            return Crop(x0 + step * round(SHIFT * side), (height - side) // 2, side)
+
+        return (
+            self._view(lambda width, height, index: crop(width, height, 0), size, grid),
+            self._view(lambda width, height, index: crop(width, height, 1), size, grid),
+        )
+
+    def _view(self, crop_of, size: int, grid: int) -> View:
+        pixels, cells = zip(*self._crops(crop_of, size, grid), strict=True)
+        return View(np.stack(pixels), np.stack(cells))
+
+    def _crops(self, crop_of, size: int, grid: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index, (picture, path) in enumerate(zip(self.pictures, self._truth, strict=True)):
+            image = decode_rgb(read_bytes(picture))
+            crop = crop_of(*image.size, index)
+            with Image.open(path) as labels:
+                true = np.asarray(labels)[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side]
+            if self.only_masks:
+                true = (true > 127).astype(np.uint8)
+            resized = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box)
+            yield np.asarray(resized), cells_of(true, grid)
+
+
+def _square(width: int, height: int, offset: float) -> Crop:
+    side = min(width, height)
+    return Crop(round((width - side) * offset), round((height - side) * offset), side)
