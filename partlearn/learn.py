@@ -31,11 +31,16 @@ KMEANS_POINTS = 40_000
 LOG_EVERY = 10
 
 
-def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[str, Any]:
+def learn(
+    config: LearnConfig, *, encoder: Encoder | None = None, stop_after_steps: int | None = None
+) -> dict[str, Any]:
     """Train a part learner (SemMAE section 3.1) and leave it in `config.run.out`.
 
     A finished run is returned as it is; a half one goes on from its newest checkpoint with the same batches.
-    `stop_after_steps` ends early, as a kill would, after writing a checkpoint.
+
+    Args:
+        encoder: Takes the place of the one that `config.encoder` names.
+        stop_after_steps: End early, as a kill would, after writing a checkpoint.
 
     Raises:
         ValueError: A setting or the pictures do not fit the encoder or the memory.
@@ -46,7 +51,7 @@ def learn(config: LearnConfig, *, stop_after_steps: int | None = None) -> dict[s
             return run.report()
         device = pick_device(config.run.device)
         pictures = list_pictures(config.images)
-        encoder = load_encoder(
+        encoder = encoder or load_encoder(
             config.encoder,
             grid=config.grid,
             block=config.encoder_block,
