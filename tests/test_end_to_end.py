@@ -125,7 +125,7 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
         (["pretrain", "--data", "empty", "--out", "o"], 1, "dataset.json"),
         (["pretrain", "--data", "empty", "--out", "o", "--mask-ratio", "1.5"], 2, "mask_ratio"),
         (["pretrain", "--no-such-flag"], 2, "no-such-flag"),
-        (["learn-parts", "--images", "empty", "--encoder", "x", "--out", "o", "--parts", "1"], 2, "parts must be"),
+        (["learn-parts", "--images", "empty", "--encoder", "x", "--out", "o", "--parts", "1"], 2, "parts must lie"),
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_one_clear_sentence(command, status, sentence, tmp_path):

@@ -1,6 +1,7 @@
 """Batches of pictures, crops and colours."""
 
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_the_square_moves_along_the_long_side(tmp_path):
 
 
 def test_an_unreadable_picture_is_replaced_by_the_next_and_told_once(pictures, capfd):
-    pictures.pictures[2].path.write_bytes(b"no picture")
+    Path(pictures.pictures[2].location).write_bytes(b"no picture")
 
     indices = torch.cat([indices for _, indices in taken(pictures, 14)])
 
@@ -82,7 +83,7 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_told_once(pictures, c
 
 def test_nothing_but_unreadable_pictures_is_an_error(pictures):
     for picture in pictures.pictures:
-        picture.path.write_bytes(b"no picture")
+        Path(picture.location).write_bytes(b"no picture")
 
     with pytest.raises(ValueError, match="none of the 7 pictures can be read"):
         taken(pictures, 1)
