@@ -1,9 +1,10 @@
-"""One labeller against pictures whose parts are known: the rows of `score-parts`."""
+"""Labellers against pictures whose parts are known: the rows of `score-parts`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Integer, UInt8
 
 from evaluate.part_quality import Columns, ari, flip_agreement, score, shortcuts
@@ -11,34 +12,41 @@ from evaluate.truth import SHIFT, TruthSet, View
 from partlearn.label import Labeller
 
 BATCH = 16
+LABELLINGS = 5
+"""Times each picture is looked at: centre, mirrored, two shifted crops, off centre."""
 Advance = Callable[[int], None]
+Seen = tuple[np.ndarray, np.ndarray]
+"""Labels, the background as 0 where there is one, and foreground ranks: both [pictures, grid, grid]."""
 
 
-def score_labeller(
-    labeller: Labeller, pictures: TruthSet, *, size: int, advance: Advance
-) -> tuple[list[dict[str, Any]], Integer[np.ndarray, "pictures grid grid"]]:
-    """Rows of the centre and the off-centre squares, and the labels of the first, the background as 0.
+def score_labellers(
+    labellers: Sequence[Labeller], pictures: TruthSet, *, size: int, advance: Advance
+) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Of each labeller: the rows of the centre and the off-centre squares, and its labels of the first.
 
     `flip_agreement` labels the mirrored centre squares; `shift_ari` compares the labels of two crops of one photograph,
-    a quarter of their side apart, on the cells that both show.
+    a quarter of their side apart, on the cells that both show. The encoder reads each picture once for all labellers.
 
     Args:
+        labellers: All on the same block of the same encoder.
         size: Side of the pictures in pixels, as extraction would store them.
-        advance: Told how many pictures were labelled.
+        advance: Told how many pictures were read.
     """
-    centre = pictures.centre(size=size, grid=labeller.grid)
-    parts, fgrank = labels_of(labeller, centre.images, advance)
-    mirrored, _ = labels_of(labeller, np.ascontiguousarray(centre.images[:, :, ::-1]), advance)
-    moved = [labels_of(labeller, view.images, advance)[0] for view in pictures.shifted(size=size, grid=labeller.grid)]
-    held = {"flip_agreement": flip_agreement(parts, mirrored), "shift_ari": shift_ari(*moved)}
-    off = pictures.off_centre(size=size, grid=labeller.grid)
-    rows = [
-        {"view": "centre"} | score(parts, fgrank, centre.truth, centre.images, labeller.groups) | held,
-        {"view": "off centre"}
-        | score(*labels_of(labeller, off.images, advance), off.truth, off.images, labeller.groups)
-        | held,
-    ]
-    return rows, parts
+    grid = labellers[0].grid
+    centre = pictures.centre(size=size, grid=grid)
+    off = pictures.off_centre(size=size, grid=grid)
+    mirrored = np.ascontiguousarray(centre.images[:, :, ::-1])
+    views = [centre.images, off.images, mirrored, *(view.images for view in pictures.shifted(size=size, grid=grid))]
+    seen = zip(*(labels_of(labellers, images, advance) for images in views), strict=True)
+    told = []
+    for labeller, (here, there, flipped, left, right) in zip(labellers, seen, strict=True):
+        held = {"flip_agreement": flip_agreement(here[0], flipped[0]), "shift_ari": shift_ari(left[0], right[0])}
+        rows = [
+            {"view": name} | score(labels[0], labels[1], view.truth, view.images, labeller.groups) | held
+            for name, labels, view in (("centre", here, centre), ("off centre", there, off))
+        ]
+        told.append((rows, here[0]))
+    return told
 
 
 def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> list[dict[str, Any]]:
@@ -50,22 +58,24 @@ def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> li
     nothing: Columns = {"flip_agreement": None, "shift_ari": None}
     return [
         {"method": name, "view": view} | columns | nothing
-        for view, seen in views.items()
-        for name, columns in shortcuts(seen.truth, seen.images, groups).items()
+        for view, shown in views.items()
+        for name, columns in shortcuts(shown.truth, shown.images, groups).items()
     ]
 
 
 def labels_of(
-    labeller: Labeller, images: UInt8[np.ndarray, "pictures side side 3"], advance: Advance
-) -> tuple[Integer[np.ndarray, "pictures grid grid"], Integer[np.ndarray, "pictures grid grid"]]:
-    """Labels with the background, where there is one, as 0, and foreground ranks."""
-    parts, fgrank = [], []
+    labellers: Sequence[Labeller], images: UInt8[np.ndarray, "pictures side side 3"], advance: Advance
+) -> list[Seen]:
+    """What each labeller says of the pictures."""
+    pieces: list[list[Seen]] = [[] for _ in labellers]
     for start in range(0, len(images), BATCH):
-        labels = labeller(images[start : start + BATCH])
-        parts.append(labels.parts)
-        fgrank.append(labels.fgrank)
-        advance(len(labels.parts))
-    return background_first(np.concatenate(parts), labeller.groups), np.concatenate(fgrank).astype(np.int64)
+        batch = torch.from_numpy(images[start : start + BATCH])
+        tokens = labellers[0].encoder(batch)
+        for labeller, own in zip(labellers, pieces, strict=True):
+            labels = labeller.of(tokens)
+            own.append((background_first(labels.parts, labeller.groups), labels.fgrank.astype(np.int64)))
+        advance(len(batch))
+    return [(np.concatenate([p for p, _ in own]), np.concatenate([r for _, r in own])) for own in pieces]
 
 
 def background_first(
@@ -79,7 +89,7 @@ def shift_ari(
     left: Integer[np.ndarray, "pictures grid grid"], right: Integer[np.ndarray, "pictures grid grid"]
 ) -> float:
     """ARI of two crops' labels on the cells both show; `right` begins SHIFT of a side further right. Mean over
-    pictures. Bands follow no object, yet agree; a code of columns does not."""
+    pictures. Bands follow no object and pass it; what follows columns does not."""
     cells = round(SHIFT * left.shape[-1])
     pairs = zip(left[:, :, cells:], right[:, :, :-cells], strict=True)
     return float(np.mean([ari(one.ravel(), other.ravel()) for one, other in pairs]))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8, UInt16
 
 from partlearn.baselines import NAMES, Baseline
-from partlearn.encoders import CPU, load_encoder
+from partlearn.encoders import CPU, Tokens, load_encoder
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
 from training.device import computes_bf16
@@ -96,22 +96,25 @@ class Labeller:
         return self.encoder.heads if self.attention else 0
 
     def __call__(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Labels:
-        """Part of each cell, and its rank in foreground.
+        """Part of each cell, and its rank in foreground; see `of`."""
+        return self.of(self.encoder(torch.from_numpy(images)))
+
+    def of(self, tokens: Tokens) -> Labels:
+        """The labels of pictures that the encoder has read already.
 
         Raises:
             FloatingPointError: The encoder's tokens are not finite: any labels of them would look plausible.
         """
-        tokens = self.encoder(torch.from_numpy(images))
         if not tokens.block_tokens.isfinite().all():
             raise FloatingPointError(
                 f"{self.encoder.description['source']} gives tokens that are not finite; try --precision fp32"
             )
         parts, rank = self.learner.label(tokens)
-        shape = (len(images), self.grid, self.grid)
+        shape = (len(parts), self.grid, self.grid)
         attn = None
         if self.attention:
             share = tokens.class_attention / tokens.class_attention.amax(dim=-1, keepdim=True)
-            attn = (255 * share).round().byte().cpu().numpy().reshape(len(images), -1, self.grid, self.grid)
+            attn = (255 * share).round().byte().cpu().numpy().reshape(len(parts), -1, self.grid, self.grid)
         return Labels(
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),

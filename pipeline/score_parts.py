@@ -10,18 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate.part_quality import PART_COLUMNS
-from evaluate.part_scores import control_rows, score_labeller
+from evaluate.part_scores import LABELLINGS, control_rows, score_labellers
 from evaluate.truth import TruthSet
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
 from pipeline.sheet import ROWS, assemble, coloured, enlarged
-from shards.atomic import read_json, write_json, write_whole
+from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.device import pick_device
 from training.progress import Progress
 
 COLUMNS = ("foreground_ap", "foreground_recall_quarter", *PART_COLUMNS, "shift_ari", "flip_agreement")
-LABELLINGS = 5
-"""Times each picture is labelled: centre, mirrored, two shifted crops, off centre."""
 
 
 def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
@@ -33,17 +31,21 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     """
     sets = {name: TruthSet(Path(name)) for name in config.images}
     pictures = sum(len(one.pictures) for one in sets.values())
-    progress = Progress(LABELLINGS * pictures * len(config.parts), "score-parts", "labellings")
+    labellers = {source: _labeller(config, source) for source in config.parts}
+    together = _on_one_encoder(labellers)
+    progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "pictures")
     rows: list[dict[str, Any]] = []
     seen: dict[str, np.ndarray] = {}
     groups = config.count + 1
-    for source in config.parts:
-        labeller = _labeller(config, source)
+    for sources in together:
         for name, truths in sets.items():
-            told, labels = score_labeller(labeller, truths, size=config.size, advance=progress.advance)
-            rows += [_row(name, _method(source, labeller), labeller.groups - 1, _seed(source), one) for one in told]
-            if name == config.images[0]:
-                seen[_method(source, labeller)] = labels[:ROWS]
+            group = [labellers[source] for source in sources]
+            told = score_labellers(group, truths, size=config.size, advance=progress.advance)
+            for source, labeller, (columns, labels) in zip(sources, group, told, strict=True):
+                method = _method(source, labeller)
+                rows += [_row(name, method, labeller.groups - 1, _seed(source), one) for one in columns]
+                if name == config.images[0]:
+                    seen[method] = labels[:ROWS]
     progress.close()
     for name, truths in sets.items():
         controls = control_rows(truths, size=config.size, grid=config.grid, groups=groups)
@@ -54,6 +56,14 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
         _draw(config, sets[config.images[0]], seen)
     _print(rows)
     return rows
+
+
+def _on_one_encoder(labellers: dict[str, Labeller]) -> list[list[str]]:
+    """Sources whose labellers read the same block of the same encoder, which then has to look only once."""
+    groups: dict[str, list[str]] = {}
+    for source, labeller in labellers.items():
+        groups.setdefault(sha256_json(labeller.encoder.description), []).append(source)
+    return list(groups.values())
 
 
 def _labeller(config: ScorePartsConfig, source: str) -> Labeller:
