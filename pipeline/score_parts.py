@@ -104,8 +104,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table = Table("method", "view", *(short.get(column, column) for column in COLUMNS), box=box.SIMPLE_HEAD)
         for row in (row for row in rows if row["set"] == name):
             figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in COLUMNS)
-            table.add_row(row["method"], row["view"], *figures)
+            table.add_row(_short(row["method"]), row["view"], *figures)
         Console(width=None if Console().is_terminal else 220).print(name, table)
+
+
+def _short(method: str) -> str:
+    """`heads on vit_small_patch14_dinov2 block 9`: no folders, no files of weights."""
+    source, on, encoder = method.partition(" on ")
+    name, block, number = encoder.partition(" block ")
+    plain = name.partition(":")[2].partition("=")[0].rpartition("/")[2]
+    return f"{source.rpartition('/')[2]}{on}{plain}{block}{number}"
 
 
 def _draw(config: ScorePartsConfig, truths: TruthSet, seen: dict[str, np.ndarray]) -> None:

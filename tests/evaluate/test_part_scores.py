@@ -111,4 +111,4 @@ def test_the_verb_scores_baselines_and_shortcuts_in_one_table(painted, tmp_path,
     assert rows[4]["bands_nmi"] is not None
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 112
-    assert "heads on random:vit_tiny_patch16_224 block 11" in capsys.readouterr().out
+    assert "heads on vit_tiny_patch16_224 block 11" in capsys.readouterr().out
