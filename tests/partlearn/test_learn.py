@@ -112,5 +112,5 @@ def test_a_setting_out_of_range_is_a_sentence(changes, sentence, photos, tmp_pat
 def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
     learn(dataclasses.replace(config(photos, tmp_path / "run")))
 
-    with pytest.raises(ValueError, match="were learned on 4"):
+    with pytest.raises(ValueError, match="was learned on 4"):
         Labeller(tmp_path / "run", grid=8)
