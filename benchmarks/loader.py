@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 import webdataset
@@ -27,7 +26,7 @@ from torchvision.transforms import InterpolationMode
 from benchmarks.prepared import IMAGENET, SIZE, Prepared, prepare
 from benchmarks.quiet import cores_here
 from benchmarks.rounds import BLOCK_S, Case, Report, Row, exact, gate_in_words, interleaved, ratios, summary
-from shards.decode import decode_jpeg_into
+from shards.decode import decode_jpeg_into, memory_for, pixels_in
 from shards.order import permutation
 from shards.shard_set import ShardSet
 from shards.stream import Stream
@@ -121,7 +120,7 @@ def _webdataset(shards: Path, *, labelled: bool) -> Callable[[float], int]:
 def _decode(shards: ShardSet) -> Callable[[float], int]:
     """The least any loader must do: the stored JPEGs, in memory, decoded into one and the same buffer."""
     jpegs = [shards.read(index).jpeg for index in range(len(shards))]
-    row = np.empty((SIZE, SIZE, 3), np.uint8)
+    row = pixels_in(memory_for(SIZE, SIZE, 3), SIZE, SIZE, 3)
 
     def decoded() -> Iterator[int]:
         for jpeg in itertools.cycle(jpegs):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt16
 
 from shards.crops import crop_cells, crop_into, draw_boxes, draw_flips, ranked_anew
-from shards.decode import decode_jpeg_into, decode_mirrored_into
+from shards.decode import decode_jpeg_into, decode_mirrored_into, memory_for, pixels_in
 from shards.errors import SampleError, ShardError
 from shards.sample import Sample
 from shards.shard_set import ShardSet
@@ -124,15 +124,17 @@ class Reader:
 
         Fresh memory is zeroed by the kernel first, which costs a tenth of the decoding.
         """
+        shape = (rows, self.shards.size, self.shards.size, 3)
+        room = memory_for(*shape)
         for kept in self._kept:
-            if len(kept) == rows and sys.getrefcount(kept) == UNHELD:
-                return kept
-        self._kept.append(np.empty((rows, self.shards.size, self.shards.size, 3), np.uint8))
-        del self._kept[:-MOST_KEPT]
-        return self._kept[-1]
+            if len(kept) == len(room) and sys.getrefcount(kept) == UNHELD:
+                return pixels_in(kept, *shape)
+        self._kept = [*self._kept, room][-MOST_KEPT:]
+        return pixels_in(room, *shape)
 
     def _fill(self, batch: Batch, draws: Draws, rows: range) -> None:
-        scratch = np.empty((2, *batch.images.shape[1:]), np.uint8)
+        shape = (2, *batch.images.shape[1:])
+        scratch = pixels_in(memory_for(*shape), *shape)
         for row in rows:
             self._read_into(batch, row, draws, scratch)
 

@@ -338,6 +338,17 @@ def test_a_mirrored_picture_of_another_size_is_refused(mirrored):
         pixels_of(noise_jpeg(16, 24), 16, 16, mirrored=mirrored)
 
 
+@pytest.mark.parametrize("shift", range(0, 64, 8))
+def test_pixels_lie_where_the_decoder_does_not_store_past_the_cache(shift):
+    memory = decode.memory_for(128, 4, 8, 3)[shift:]
+
+    pixels = decode.pixels_in(memory, 4, 8, 3)
+
+    assert pixels.shape == (4, 8, 3)
+    assert pixels.ctypes.data % 32 == 16
+    assert np.shares_memory(pixels, memory)
+
+
 @pytest.mark.parametrize(("height", "width"), SIDES)
 def test_simplejpeg_and_pillow_decode_to_the_same_bits(height, width, monkeypatch):
     jpeg = noise_jpeg(height, width)
