@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,8 +17,14 @@ from partlearn.kmeans import spherical_kmeans
 from partlearn.parts import centred_tokens
 from shards.atomic import sha256_json
 
-Name = Literal["heads", "kmeans-image", "regions", "grid", "bands"]
+Name = Literal[
+    "heads", "heads-mass", "kmeans-image", "regions", "grid", "bands", "shuffled-heads", "shuffled-kmeans-image"
+]
 NAMES: tuple[str, ...] = get_args(Name)
+OF_HEADS: tuple[str, ...] = ("heads", "heads-mass", "shuffled-heads")
+"""Those with as many parts as the encoder has heads, whatever is asked for."""
+MASS = 0.6
+"""Share of a head's attention that its cells hold (heads-mass): the threshold of DINO's pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +43,16 @@ class BaselineShape:
 class Baseline:
     """Labels of a picture by rule.
 
-    heads: the head of the last block that attends most to a cell (the rival of the paper's Table 4; as many parts as
-    heads). kmeans-image: k-means on the picture's own relative tokens; a label means nothing in the next picture.
-    regions: compact random regions, the cells nearest to random foreground cells. grid, bands: rectangles and stripes
-    of the whole picture. All of them leave out the background, as the learner does: cells beyond `foreground_share`
-    of the encoder's foreground rank.
+    heads: the head of the last block that attends most to a cell; as many parts as heads. kmeans-image: k-means on
+    the picture's own relative tokens; a label means nothing in the next picture. regions: compact random regions, the
+    cells nearest to random foreground cells. grid, bands: rectangles and stripes of the whole picture. All of them
+    leave out the background, as the learner does: cells beyond `foreground_share` of the encoder's foreground rank.
+
+    heads-mass: the rival of the paper's Table 4. Each head keeps the cells that hold MASS of its attention, a cell goes
+    to the head that attends most to it among those that keep it; the background is what no head keeps.
+
+    shuffled-heads, shuffled-kmeans-image: labels and rank of the next picture of the batch, the first after the last;
+    a control for what all pictures share. Two views of a picture still agree as they did.
     """
 
     def __init__(
@@ -54,7 +65,7 @@ class Baseline:
         foreground_share: float = 0.35,
     ):
         self.name, self.foreground, self.foreground_share = name, foreground, foreground_share
-        self.shape = BaselineShape(encoder.grid, encoder.heads if name == "heads" else parts)
+        self.shape = BaselineShape(encoder.grid, encoder.heads if name in OF_HEADS else parts)
 
     @property
     def sha256(self) -> str:
@@ -71,32 +82,58 @@ class Baseline:
 
     @torch.no_grad()
     def label(self, tokens: Tokens) -> tuple[Int64[Tensor, "batch patches"], Int64[Tensor, "batch patches"]]:
-        """Part of each cell, the background last, and its rank in foreground."""
-        rank = foreground_rank(foreground_score(tokens, self.foreground))
-        cells = inside(rank, self.foreground_share)
-        return self._parts(tokens, rank, cells).masked_fill(~cells, self.shape.parts), rank
+        """Part of each cell, the background last, and its rank in foreground.
 
-    def _parts(
+        Raises:
+            ValueError: A shuffled baseline was given one picture alone.
+        """
+        rank = foreground_rank(foreground_score(tokens, self.foreground))
+        if self.name == "heads-mass":
+            return heads_by_mass(tokens.class_attention), rank
+        cells = inside(rank, self.foreground_share)
+        parts = self._inside(tokens, rank, cells).masked_fill(~cells, self.shape.parts)
+        if not self.name.startswith("shuffled-"):
+            return parts, rank
+        if len(rank) < 2:
+            raise ValueError(f"{self.name} takes the labels of the next picture, so a batch needs at least two, got 1")
+        return parts.roll(-1, dims=0), rank.roll(-1, dims=0)
+
+    def _inside(
         self, tokens: Tokens, rank: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch patches"]
     ) -> Int64[Tensor, "batch patches"]:
         grid, parts = self.shape.grid, self.shape.parts
-        if self.name == "heads":
+        rule = self.name.removeprefix("shuffled-")
+        if rule == "heads":
             return tokens.class_attention.argmax(dim=1)
-        if self.name == "kmeans-image":
+        if rule == "kmeans-image":
             relative = F.normalize(centred_tokens(tokens.block_tokens[:, 1:], cells), dim=-1).cpu()
             return torch.stack(
                 [_clusters(own, chosen, parts) for own, chosen in zip(relative, cells.cpu(), strict=True)]
             ).to(rank.device)
         rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        if self.name == "regions":
+        if rule == "regions":
             places = torch.stack([rows, cols], dim=-1).flatten(0, 1).float()
             return torch.stack(
                 [_regions(own, chosen, places, parts) for own, chosen in zip(rank.cpu(), cells.cpu(), strict=True)]
             ).to(rank.device)
-        wide = 1 if self.name == "bands" else max(n for n in range(1, int(parts**0.5) + 1) if parts % n == 0)
+        wide = 1 if rule == "bands" else max(n for n in range(1, int(parts**0.5) + 1) if parts % n == 0)
         high = parts // wide
         whole = (rows * high // grid) * wide + cols * wide // grid
         return whole.flatten().expand_as(rank).to(rank.device)
+
+
+def heads_by_mass(attention: Float[Tensor, "batch heads patches"]) -> Int64[Tensor, "batch patches"]:
+    """The head that attends most to a cell among those whose cells it belongs to; `heads` where there is none."""
+    kept = holding(attention, MASS)
+    most = attention.masked_fill(~kept, -torch.inf).argmax(dim=1)
+    return most.masked_fill(~kept.any(dim=1), attention.shape[1])
+
+
+def holding(mass: Float[Tensor, "*rows patches"], share: float) -> Bool[Tensor, "*rows patches"]:
+    """The fewest cells of a row that hold at least `share` of its sum, the heaviest first; of equals the first."""
+    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < share * mass.sum(-1, keepdim=True))
 
 
 def _clusters(tokens: Tensor, chosen: Tensor, parts: int) -> Tensor:

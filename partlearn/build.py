@@ -68,4 +68,5 @@ def _label(batch: list[Stored], labeller: Labeller) -> Iterator[LabelledPicture]
             src_height=stored.source_size[1],
             box=stored.box,
             attn=None if labels.attn is None else labels.attn[place],
+            confidence=int(labels.confidence[place]),
         )

@@ -9,12 +9,15 @@ from training.config import RunConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """A small ViT trained on a folder of pictures by DINO + iBOT self-distillation."""
+    """A small ViT trained on a folder of pictures: by DINO + iBOT self-distillation, or from a larger frozen one."""
 
     images: str
     """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
+    teacher: str | None = None
+    """Frozen encoder whose tokens are learned: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
     size: int = 224
-    """Side of a global crop in pixels."""
+    """Side of a (global) crop in pixels."""
     local_size: int = 96
     """Side of a local crop in pixels."""
     local_crops: int = 6
@@ -34,7 +37,7 @@ class EncoderConfig:
     epochs: int = 100
     """Passes over the pictures; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 256
-    """Pictures a step."""
+    """Pictures a step, over all ranks."""
     base_lr: float = 5e-4
     """Learning rate at 256 pictures a step; scales with the batch."""
     warmup_epochs: float = 10.0
@@ -43,12 +46,16 @@ class EncoderConfig:
     """AdamW's decay; none on biases and norms."""
     teacher_momentum: float = 0.996
     """Momentum of the teacher's weights at the start; a cosine takes it to 1."""
+    knn: str | None = None
+    """A folder of class folders: their k-NN accuracy (leave-one-out, 2,000 pictures at most) is logged as `knn`."""
+    knn_epochs: int = 10
+    """Epochs between two measurements; there is always one at the end."""
     seed: int = 0
     """The one seed of the run."""
     run: RunConfig
 
     def __post_init__(self):
-        for name in ("size", "local_size"):
+        for name in ("size", "local_size") if self.teacher is None else ("size",):
             if getattr(self, name) % self.patch:
                 raise ValueError(f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}")
         if self.dim % self.heads:
@@ -59,12 +66,24 @@ class EncoderConfig:
             raise ValueError(
                 f"epochs must not be negative and batch_size at least 1, got {self.epochs} and {self.batch_size}"
             )
+        if self.knn_epochs < 1:
+            raise ValueError(f"knn_epochs must be at least 1, got {self.knn_epochs}")
+
+
+PAPER = {
+    "background": False,
+    "where": "everywhere",
+    "relative": False,
+    "init": "heads",
+    "softmax": "positions",
+    "target": "pixels",
+}
+"""The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnConfig:
-    """A part learner (SemMAE, section 3.1). The paper's literal form: `--target pixels --where everywhere
-    --init heads --softmax positions --no-relative --no-background`."""
+    """A part learner (SemMAE, section 3.1), its open choices settled by measurement (partlearn/RESULTS.md)."""
 
     images: str
     """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
@@ -76,16 +95,24 @@ class LearnConfig:
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     parts: int = 6
     """Parts to learn."""
+    paper: bool = False
+    """The paper's literal form: pixels rebuilt from maps of the whole picture, no k-means, no background. Sets
+    --target, --where, --init, --softmax, --relative and --background."""
     background: bool = True
     """One more label, for cells outside the foreground."""
     foreground_share: float = 0.35
     """Share of a picture's cells that counts as foreground, the best in the foreground rank."""
-    foreground: Literal["border", "attention", "maps"] = "border"
-    """What ranks the foreground: distance to the border's mean token, class attention, or the learned maps."""
+    foreground: Literal["border", "component", "cut", "attention", "maps"] = "border"
+    """What ranks the foreground: distance of tokens to the border's mean, their first principal component, a normalised
+    cut of their graph, class attention, or the learned maps."""
     where: Literal["foreground", "everywhere"] = "foreground"
     """Which cells the parts are learned on."""
     relative: bool = True
     """Tokens minus the picture's mean (foreground) token, so that parts do not become classes."""
+    whiten: int = 64
+    """Leading directions of the relative tokens that are read, each with the same variance (relative only)."""
+    diffusion: int = 3
+    """Rounds in which a cell's token becomes the mean of its picture's cells like it (relative only); 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
     softmax: Literal["parts", "positions"] = "parts"
@@ -98,8 +125,8 @@ class LearnConfig:
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
     views: int = 4
     """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets)."""
-    steps: int = 1000
-    """Updates; 0 leaves the start as it is: the k-means or the heads baseline."""
+    steps: int | None = None
+    """Updates; unless told, none from the k-means start (more changed nothing that was measured) and else 1,000."""
     batch_size: int = 64
     """Pictures a step."""
     lr: float = 1e-3
@@ -111,13 +138,17 @@ class LearnConfig:
     run: RunConfig
 
     def __post_init__(self):
+        for name, value in PAPER.items() if self.paper else ():
+            object.__setattr__(self, name, value)
         if not 2 <= self.parts <= 255:
             raise ValueError(f"parts must lie between 2 and 255 (labels are bytes), got {self.parts}")
         if not 0 < self.foreground_share <= 1:
             raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
         if self.grid > 256:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
-        if self.grid < 2 or self.steps < 0 or self.batch_size < 1 or self.views < 0:
+        if self.steps is None:
+            object.__setattr__(self, "steps", 0 if self.init == "kmeans" else 1000)
+        if self.grid < 2 or self.updates < 0 or self.batch_size < 1 or self.views < 0:
             raise ValueError(
                 "grid must be at least 2, batch_size at least 1, steps and views not negative, got "
                 f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
@@ -125,6 +156,10 @@ class LearnConfig:
         scale = self.decoder_size / self.grid
         if self.target == "pixels" and scale not in (1, 2, 4, 8, 16):
             raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
+        if self.whiten < 1 or self.diffusion < 0:
+            raise ValueError(
+                f"whiten must be at least 1 and diffusion not negative, got {self.whiten} and {self.diffusion}"
+            )
         if self.relative != (self.init == "kmeans"):
             raise ValueError(
                 "relative tokens and the k-means start belong together: use both, or --no-relative "
@@ -132,6 +167,12 @@ class LearnConfig:
             )
         if self.foreground == "maps" and self.where == "foreground":
             raise ValueError("--foreground maps needs maps learned everywhere; add --where everywhere")
+
+    @property
+    def updates(self) -> int:
+        """`steps`, resolved."""
+        assert self.steps is not None
+        return self.steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +184,8 @@ class ExtractConfig:
     relabel: Path | None = None
     """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
     parts: Path
-    """Run folder of a part learner (`learn-parts`), or a baseline: heads, kmeans-image, regions, grid, bands."""
+    """Run folder of a part learner (`learn-parts`), or a baseline: heads, heads-mass, kmeans-image, regions, grid,
+    bands, shuffled-heads, shuffled-kmeans-image."""
     encoder: str | None = None
     """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
     encoder_block: int | None = None

@@ -1,4 +1,7 @@
-"""Self-distillation's projection head, its two losses, and the centring that keeps it from collapsing."""
+"""Self-distillation's projection head, its two losses, and the centring that keeps it from collapsing.
+
+All in fp32, but for the head's MLP; means over the batch are over the batch of all ranks.
+"""
 
 import math
 
@@ -6,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from partlearn.batch_norm import BatchNorm
+from training import distributed
 
 STUDENT_TEMPERATURE = 0.1
 TEACHER_TEMPERATURE = 0.4
@@ -16,8 +22,9 @@ CENTRE_MOMENTUM = 0.9
 class Head(nn.Module):
     """MLP, unit length, then the cosine to each prototype; one head for class and patch tokens, as in iBOT.
 
-    With batch normalisation, over the tokens of one call and without running means. DINO leaves it out for ViTs; but
-    class tokens start out almost equal, and with it the first targets already tell them apart (1.2 nats, not 0.4).
+    With batch normalisation, over one call's tokens on all ranks and without running means. DINO leaves it out for
+    ViTs; but class tokens start out almost equal, and with it the first targets already tell them apart (1.2 nats, not
+    0.4).
     """
 
     def __init__(self, dim: int, prototypes: int):
@@ -25,10 +32,10 @@ class Head(nn.Module):
         hidden, bottleneck = min(2048, 4 * dim), min(256, dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden, bias=False),
-            nn.BatchNorm1d(hidden, track_running_stats=False),
+            BatchNorm(hidden),
             nn.GELU(),
             nn.Linear(hidden, hidden, bias=False),
-            nn.BatchNorm1d(hidden, track_running_stats=False),
+            BatchNorm(hidden),
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
@@ -37,7 +44,9 @@ class Head(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02)
 
     def forward(self, tokens: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens prototypes"]:
-        return F.linear(F.normalize(self.mlp(tokens).float(), dim=-1), F.normalize(self.prototypes, dim=-1))
+        directions = self.mlp(tokens).float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(F.normalize(directions, dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
 def targets(
@@ -51,7 +60,8 @@ def targets(
     for any two pictures alike, and a short run ends as it began, at uniform targets; relative to σ they are sharp.
     """
     centred = logits.float() - centre
-    return (centred / (temperature * centred.square().mean().sqrt()).clamp(min=1e-6)).softmax(dim=-1)
+    rms = distributed.mean(centred.square().mean()).sqrt()
+    return (centred / (temperature * rms).clamp(min=1e-6)).softmax(dim=-1)
 
 
 def class_loss(
@@ -86,7 +96,7 @@ def moved_centre(
     centre: Float[Tensor, " prototypes"], logits: Float[Tensor, "*axes prototypes"]
 ) -> Float[Tensor, " prototypes"]:
     """c ← m c + (1 - m) · mean of the teacher's logits, m = 0.9: DINO (arXiv:2104.14294), eq. 4."""
-    return centre.lerp(logits.float().flatten(0, -2).mean(dim=0), 1 - CENTRE_MOMENTUM)
+    return centre.lerp(distributed.mean(logits.float().flatten(0, -2).mean(dim=0)), 1 - CENTRE_MOMENTUM)
 
 
 def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
@@ -96,8 +106,8 @@ def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
     from uniform (log K = one prototype for all). told_apart: what is left, the information on which picture it is.
     """
     flat = teacher.flatten(0, -2)
-    entropy = torch.special.entr(flat).sum(dim=-1).mean().item()
-    mean_entropy = torch.special.entr(flat.mean(dim=0)).sum().item()
+    entropy = distributed.mean(torch.special.entr(flat).sum(dim=-1).mean()).item()
+    mean_entropy = torch.special.entr(distributed.mean(flat.mean(dim=0))).sum().item()
     return {
         "entropy": entropy,
         "kl_uniform": math.log(flat.shape[-1]) - mean_entropy,

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 from partlearn.losses import pairwise_cosine
 
+IGNORED, COLLAPSED, ALIKE, SPECKLED = 0.01, 0.8, 0.9, 0.1
+"""Bounds of what is complained of: a part's share, the largest share, mean cosine of maps, share of lone cells."""
+
 
 def health(maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]) -> dict[str, float]:
     """Means over pictures, inside `cells`: parts_used (of at least 1 % of the cells), largest_share, speckle,
@@ -34,3 +37,29 @@ def speckle(labels: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch p
     neighbours = (square[:, :-2, 1:-1], square[:, 2:, 1:-1], square[:, 1:-1, :-2], square[:, 1:-1, 2:])
     alone = torch.stack([centre != neighbour for neighbour in neighbours]).all(dim=0).flatten(1)
     return (alone & cells).sum().item() / max(1, int(cells.sum()))
+
+
+def complaints(figures: dict[str, float], parts: int) -> list[str]:
+    """What looks wrong in the figures of `health`, each with its likely cause; nothing where all is well."""
+    areas = [figures.get(f"area_{part}", 1.0) for part in range(parts)]
+    found = [
+        f"part {part} covers {area:.1%} of the cells: it has vanished; ask for fewer --parts, or raise --balance"
+        for part, area in enumerate(areas)
+        if area < IGNORED
+    ]
+    if figures.get("largest_share", 0.0) > COLLAPSED:
+        found.append(
+            f"the largest part covers {figures['largest_share']:.0%} of a picture's cells: the tokens of a picture are "
+            "alike; read another --encoder-block, or lower --diffusion"
+        )
+    if figures.get("cosine", 0.0) > ALIKE:
+        found.append(
+            f"the maps are alike (mean cosine {figures['cosine']:.2f}): they were started alike, or rebuild nothing; "
+            "start from k-means, or raise --diversity"
+        )
+    if figures.get("speckle", 0.0) > SPECKLED:
+        found.append(
+            f"{figures['speckle']:.0%} of the cells share their label with no neighbour: the tokens are noise at this "
+            "--grid or --encoder-block, or parts are more than they tell apart"
+        )
+    return found

@@ -10,6 +10,7 @@ from jaxtyping import UInt8, UInt16
 
 from partlearn.baselines import NAMES, Baseline
 from partlearn.encoders import CPU, Tokens, load_encoder
+from partlearn.foreground import confidence
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
 from training.device import computes_bf16
@@ -24,6 +25,8 @@ class Labels:
     """0 = most likely foreground."""
     attn: UInt8[np.ndarray, "batch heads rows cols"] | None
     """Class attention of each head, scaled so that its most attended cell is 255; where it was asked for."""
+    confidence: UInt8[np.ndarray, " batch"]
+    """That there is an object, in hundredths; see `foreground.confidence`."""
 
 
 class Labeller:
@@ -119,4 +122,5 @@ class Labeller:
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),
             attn,
+            (100 * confidence(tokens.patch_tokens, rank)).round().byte().cpu().numpy(),
         )

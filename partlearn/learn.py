@@ -1,6 +1,7 @@
 """The verb `learn-parts`: pictures and a frozen encoder become a part learner."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -10,107 +11,128 @@ from torch.nn import functional as F
 
 from partlearn.config import LearnConfig
 from partlearn.encoders import Encoder, load_encoder
-from partlearn.health import health
-from partlearn.kmeans import spherical_kmeans
+from partlearn.health import complaints, health
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
 from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_loss
-from partlearn.parts import centred_tokens, part_maps
+from partlearn.parts import part_maps
+from partlearn.start import start
 from partlearn.view_tokens import View, Views, picture_target
 from partlearn.weights import fingerprint
 from shards.atomic import sha256_json
 from shards.pictures import list_pictures
-from training import checkpoint
-from training.device import pick_device
+from training import checkpoint, distributed
+from training.device import autocast, pick_device
 from training.metrics import Metrics
 from training.progress import Progress
 from training.run import RunFolder
 from training.schedule import learning_rate
 
-PROTOTYPE_SCALE = 10.0
-KMEANS_POINTS = 40_000
 LOG_EVERY = 10
 
 
 def learn(
     config: LearnConfig, *, encoder: Encoder | None = None, stop_after_steps: int | None = None
 ) -> dict[str, Any]:
-    """Train a part learner (SemMAE section 3.1) and leave it in `config.run.out`.
+    """Fit or train a part learner (SemMAE section 3.1) and leave it in `config.run.out`.
 
-    A finished run is returned as it is; a half one goes on from its newest checkpoint with the same batches.
+    A finished run is returned as it is; a half one goes on from its newest checkpoint with the same batches. Under
+    torchrun each rank takes its block of every batch, and the main one writes; the weights are those of one process on
+    the whole batch, but for the balance term, which is each rank's own.
 
     Args:
         encoder: Takes the place of the one that `config.encoder` names.
         stop_after_steps: End early, as a kill would, after writing a checkpoint.
 
     Raises:
-        ValueError: A setting or the pictures do not fit the encoder or the memory.
+        ValueError: A setting or the pictures do not fit the encoder, the memory or the ranks.
         CheckpointError: The encoder's weights cannot be loaded.
     """
-    with RunFolder.open(config) as run:
-        if run.finished:
-            return run.report()
-        device = pick_device(config.run.device)
-        pictures = list_pictures(config.images)
-        encoder = encoder or load_encoder(
-            config.encoder,
-            grid=config.grid,
-            block=config.encoder_block,
-            device=device,
-            precision=config.run.precision,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            learner = PartLearner(_shape(config, encoder)).to(device)
-        optimiser = torch.optim.AdamW(_decayed(learner), lr=config.lr, betas=(0.9, 0.99))
-        step, resumed = 0, checkpoint.newest(run.path)
-        if resumed:
-            learner.load_state_dict(checkpoint.load_tensors(resumed / "model.safetensors")[0])
-            learner.attention.prototypes.requires_grad_(config.init == "kmeans")
-            state = checkpoint.load_state(resumed)
-            optimiser.load_state_dict(state["optimiser"])
-            step = state["step"]
-        views = Views(config, encoder, pictures)
-        if not resumed:
-            _start(learner, config, encoder, views)
-        if not config.steps:
-            _save(run, 0, learner, encoder, optimiser)
-        batches = views.batches(step=step)
-        metrics, progress = Metrics(run.path, step=step), Progress(config.steps, "parts", "steps", done=step)
-        clock = checkpoint.Clock(config.run.checkpoint_minutes)
-        figures: dict[str, float] = {}
-        end = min(config.steps, stop_after_steps or config.steps)
-        while step < end:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(
-                    step, peak=config.lr, warmup_steps=min(500, config.steps // 10), total_steps=config.steps
-                )
-            loss, parts_of_loss, maps, cells = _loss(learner, config, encoder, next(batches))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss became {loss.item()} at step {step}; lower --lr or use --precision fp32"
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-            optimiser.step()
-            if step % LOG_EVERY == 0 or step == config.steps - 1:
-                figures = parts_of_loss | health(maps.detach(), cells)
-                metrics.log(step, loss=loss.item(), **figures)
-            step += 1
-            progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
-            if clock.due() or step == end:
-                _save(run, step, learner, encoder, optimiser)
-        progress.close()
-        metrics.close()
-        report = {
-            "steps": step,
-            "pictures": len(pictures.pictures),
-            "encoder": encoder.description,
-            **figures,
-        }
-        if step == config.steps:
-            run.finish(report)
-        return report
+    joined = distributed.start(config.run.device)
+    try:
+        with RunFolder.open(config) as run:
+            distributed.barrier()
+            return run.report() if run.finished else _train(config, run, encoder, stop_after_steps)
+    finally:
+        if joined:
+            distributed.stop()
+
+
+def _train(
+    config: LearnConfig, run: RunFolder, encoder: Encoder | None, stop_after_steps: int | None
+) -> dict[str, Any]:
+    ranks = distributed.world_size()
+    if config.batch_size % ranks:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
+    device = pick_device(config.run.device)
+    pictures = list_pictures(config.images)
+    encoder = encoder or load_encoder(
+        config.encoder,
+        grid=config.grid,
+        block=config.encoder_block,
+        device=device,
+        precision=config.run.precision,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        learner = PartLearner(_shape(config, encoder)).to(device)
+    optimiser = torch.optim.AdamW(_decayed(learner), lr=config.lr, betas=(0.9, 0.99))
+    step, resumed = 0, checkpoint.newest(run.path)
+    if resumed:
+        learner.load_state_dict(checkpoint.load_tensors(resumed / "model.safetensors")[0])
+        learner.attention.prototypes.requires_grad_(config.init == "kmeans")
+        state = checkpoint.load_state(resumed)
+        optimiser.load_state_dict(state["optimiser"])
+        step = state["step"]
+    views = Views(config, encoder, pictures)
+    if not resumed:
+        start(learner, config, encoder, views)
+        distributed.same(learner.state_dict().values())
+    batches = views.batches(step=step, rank=distributed.rank(), world_size=ranks)
+    metrics, progress = Metrics(run.path, step=step), Progress(config.updates, "parts", "steps", done=step)
+    clock = checkpoint.Clock(config.run.checkpoint_minutes)
+    figures: dict[str, float] = {}
+    if not config.updates:
+        _save(run, 0, learner, encoder, optimiser)
+        figures = _start_health(learner, next(batches))
+    end = min(config.updates, stop_after_steps or config.updates)
+    while step < end:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(
+                step, peak=config.lr, warmup_steps=min(500, config.updates // 10), total_steps=config.updates
+            )
+        loss, parts_of_loss, maps, cells = _loss(learner, config, encoder, next(batches))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {step}; lower --lr or use --precision fp32"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        distributed.average_gradients(learner.parameters())
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimiser.step()
+        if step % LOG_EVERY == 0 or step == config.updates - 1:
+            ours = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
+            mean = distributed.mean(torch.tensor(list(ours.values()), device=device))
+            figures = dict(zip(ours, mean.tolist(), strict=True))
+            metrics.log(step, **figures)
+        step += 1
+        progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
+        if clock.due() or step == end:
+            _save(run, step, learner, encoder, optimiser)
+    progress.close()
+    metrics.close()
+    for complaint in complaints(figures, config.parts) if distributed.is_main() else ():
+        print(complaint, file=sys.stderr)
+    report = {
+        "steps": step,
+        "pictures": len(pictures.pictures),
+        "encoder": encoder.description,
+        **figures,
+    }
+    if step == config.updates:
+        run.finish(report)
+    distributed.barrier()
+    return report
 
 
 def _loss(
@@ -129,7 +151,8 @@ def _loss(
     else:
         square = maps.unflatten(2, (config.grid, config.grid))
         picture = picture_target(view, config.decoder_size, encoder)
-        rebuilt = learner.decoder(square, view.tokens.class_token)
+        with autocast(picture.device, config.run.precision):
+            rebuilt = learner.decoder(square, view.tokens.class_token)
         rebuilding = pixel_loss(rebuilt, picture)
         deviation = torch.tensor(encoder.description["std"], device=picture.device).reshape(3, 1, 1)
         psnr = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, picture * deviation).item(), 1e-9))
@@ -144,41 +167,15 @@ def _loss(
 
 
 @torch.no_grad()
-def _start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Views) -> None:
-    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens."""
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.init != "kmeans":
-        if config.init == "heads":
-            learner.attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
-        else:
-            learner.attention.start_at_random(generator)
-        if config.target == "features":
-            learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
-        return
-    points = _inside_tokens(learner, views)
-    learner.deviation.copy_(points.std(dim=0).clamp(min=1e-6))
-    unit = F.normalize(points / learner.deviation, dim=1).cpu()
-    centres = spherical_kmeans(unit, config.parts, generator=generator).to(points.device)
-    learner.attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
-    if config.target == "features":
-        learner.vectors.copy_(centres)
-
-
-def _inside_tokens(learner: PartLearner, views: Views) -> Float[Tensor, "points dim"]:
-    """Up to KMEANS_POINTS tokens of learned cells, each minus its picture's mean, deviations not yet divided out."""
-    points, count = [], 0
-    for view in views.batches(step=0):
-        cells = learner.learned_cells(view.tokens)
-        points.append(centred_tokens(view.tokens.block_tokens[:, 1:], cells)[cells])
-        count += len(points[-1])
-        if count >= KMEANS_POINTS:
-            break
-    return torch.cat(points)[:KMEANS_POINTS]
+def _start_health(learner: PartLearner, view: View) -> dict[str, float]:
+    cells = learner.learned_cells(view.tokens)
+    return health(part_maps(learner.read(view.tokens, cells)[0], learner.shape.softmax, cells), cells)
 
 
 def _shape(config: LearnConfig, encoder: Encoder) -> LearnerShape:
     return LearnerShape(
         dim=encoder.dim,
+        width=min(config.whiten, encoder.dim) if config.relative else encoder.dim,
         heads=encoder.heads,
         grid=config.grid,
         parts=config.parts,
@@ -187,6 +184,7 @@ def _shape(config: LearnConfig, encoder: Encoder) -> LearnerShape:
         foreground_share=config.foreground_share,
         where=config.where,
         relative=config.relative,
+        diffusion=config.diffusion,
         softmax=config.softmax,
         target=config.target,
         decoder_size=config.decoder_size,
@@ -207,6 +205,8 @@ def _save(
     encoder: Encoder,
     optimiser: torch.optim.Optimizer,
 ) -> None:
+    if not distributed.is_main():
+        return
     tensors = learner.state_dict()
     shape = shape_as_json(learner.shape)
     digest = sha256_json([shape, encoder.fingerprint, fingerprint(tensors)])

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from partlearn.affinity import diffused
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.encoders import Tokens
-from partlearn.foreground import foreground_rank, foreground_score, inside
+from partlearn.foreground import Scorer, foreground_rank, foreground_score, inside
 from partlearn.parts import PartAttention, Softmax, balanced, part_maps, relative_tokens
 from training.checkpoint import CheckpointError, find, load_tensors
 
@@ -21,14 +22,17 @@ class LearnerShape:
     """Everything needed to rebuild a part learner around its weights."""
 
     dim: int
+    width: int
+    """Of the tokens that parts are read from: `dim`, or the directions that whitening keeps."""
     heads: int
     grid: int
     parts: int
     background: bool
-    foreground: Literal["border", "attention", "maps"]
+    foreground: Scorer | Literal["maps"]
     foreground_share: float
     where: Literal["foreground", "everywhere"]
     relative: bool
+    diffusion: int
     softmax: Softmax
     target: Literal["features", "pixels"]
     decoder_size: int
@@ -45,11 +49,11 @@ class PartLearner(nn.Module):
     def __init__(self, shape: LearnerShape):
         super().__init__()
         self.shape = shape
-        self.attention = PartAttention(shape.dim, shape.parts, shape.dim // shape.heads)
-        self.register_buffer("deviation", torch.ones(shape.dim))
-        self.deviation: Tensor
+        self.attention = PartAttention(shape.dim, shape.width, shape.parts, shape.dim // shape.heads)
+        self.whitening: Tensor
+        self.register_buffer("whitening", torch.eye(shape.dim, shape.width))
         if shape.target == "features":
-            self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.dim))
+            self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.width))
         else:
             self.decoder = PictureDecoder(shape.dim, shape.parts, grid=shape.grid, size=shape.decoder_size)
 
@@ -61,11 +65,11 @@ class PartLearner(nn.Module):
 
     def read(
         self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]
-    ) -> tuple[Float[Tensor, "batch parts patches"], Float[Tensor, "batch patches dim"]]:
+    ) -> tuple[Float[Tensor, "batch parts patches"], Float[Tensor, "batch patches width"]]:
         """Logits of Eq. 2 and the tokens they were computed from."""
         patches = tokens.block_tokens[:, 1:]
         if self.shape.relative:
-            patches = relative_tokens(patches, cells, self.deviation)
+            patches = diffused(relative_tokens(patches, cells, self.whitening), cells, self.shape.diffusion)
         return self.attention.logits(tokens.block_tokens[:, 0], patches), patches
 
     def maps(self, tokens: Tokens) -> Float[Tensor, "batch parts patches"]:

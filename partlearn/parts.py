@@ -23,7 +23,8 @@ class PartAttention(nn.Module):
     Keys are never formed: W_kᵀq is applied to the tokens, which is the same number and far fewer FLOPs.
     """
 
-    def __init__(self, dim: int, parts: int, head_dim: int):
+    def __init__(self, dim: int, width: int, parts: int, head_dim: int):
+        """`dim` of the class token, `width` of the tokens that are read."""
         super().__init__()
         hidden = max(1, dim // 4)
         self.gate_in = nn.Parameter(torch.empty(parts, hidden, dim))
@@ -32,10 +33,10 @@ class PartAttention(nn.Module):
         self.gate_out_bias = nn.Parameter(torch.zeros(parts, dim))
         self.query = nn.Parameter(torch.empty(parts, head_dim, dim))
         self.query_bias = nn.Parameter(torch.zeros(parts, head_dim))
-        self.key = nn.Parameter(torch.empty(parts, head_dim, dim))
+        self.key = nn.Parameter(torch.empty(parts, head_dim, width))
         self.key_bias = nn.Parameter(torch.zeros(parts, head_dim))
         self.log_scale = nn.Parameter(torch.tensor(head_dim**-0.5).log())
-        self.prototypes = nn.Parameter(torch.zeros(parts, dim), requires_grad=False)
+        self.prototypes = nn.Parameter(torch.zeros(parts, width), requires_grad=False)
 
     def start_at_random(self, generator: torch.Generator) -> None:
         """Xavier-uniform projections, another draw for every part: equal maps would stay equal (Eq. 6 has no
@@ -60,7 +61,7 @@ class PartAttention(nn.Module):
                 offset.data[part] = bias[row, head]
 
     def start_at_prototypes(
-        self, centres: Float[Tensor, "parts dim"], scale: float, generator: torch.Generator
+        self, centres: Float[Tensor, "parts width"], scale: float, generator: torch.Generator
     ) -> None:
         """Queries that are `centres`, the same in every picture; the class token's path starts at zero."""
         self.start_at_random(generator)
@@ -69,7 +70,7 @@ class PartAttention(nn.Module):
         self.log_scale.data.fill_(scale).log_()
 
     def logits(
-        self, class_token: Float[Tensor, "batch dim"], tokens: Float[Tensor, "batch patches dim"]
+        self, class_token: Float[Tensor, "batch dim"], tokens: Float[Tensor, "batch patches width"]
     ) -> Float[Tensor, "batch parts patches"]:
         """s of Eq. 2, in fp32 whatever the autocast."""
         with torch.autocast(class_token.device.type, enabled=False):
@@ -113,10 +114,18 @@ def centred_tokens(
 def relative_tokens(
     tokens: Float[Tensor, "batch patches dim"],
     inside: Bool[Tensor, "batch patches"],
-    deviation: Float[Tensor, " dim"],
-) -> Float[Tensor, "batch patches dim"]:
-    """What a token is within its picture: centred, over each channel's deviation, at unit length.
+    whitening: Float[Tensor, "dim width"],
+) -> Float[Tensor, "batch patches width"]:
+    """What a token is within its picture: centred, whitened, at unit length.
 
-    Raw tokens would spend the parts on classes (feasibility trial, section 3).
+    Raw tokens would spend the parts on classes, and unwhitened ones on what is large in the encoder: parts lie in
+    directions of small variance (partlearn/RESULTS.md).
     """
-    return F.normalize(centred_tokens(tokens, inside) / deviation, dim=-1)
+    return F.normalize(centred_tokens(tokens, inside) @ whitening, dim=-1)
+
+
+def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:
+    """The `width` leading principal directions of `points`, each divided by the deviation along it."""
+    centred = (points - points.mean(dim=0)).double()
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(points))
+    return (directions[:, -width:] / variances[-width:].clamp(min=1e-12).sqrt()).to(points.dtype)

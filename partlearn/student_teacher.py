@@ -1,92 +1,66 @@
 """A student ViT, its slowly following teacher, and what the one has to predict of the other."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from timm.models.vision_transformer import VisionTransformer
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from partlearn.config import EncoderConfig
+from partlearn.crops import GLOBAL_CROPS, draw_crops
 from partlearn.distill_loss import Head, class_loss, moved_centre, patch_loss, spread, targets
+from partlearn.objective import Losses, Objective
+from partlearn.student import new_student, vit_tokens
+from training import distributed
+from training.device import autocast
+from training.schedule import cosine
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Of one step; `shown` are the teacher's figures."""
-
-    of_class: Float[Tensor, ""]
-    of_patch: Float[Tensor, ""]
-    shown: dict[str, float]
-
-
-class StudentTeacher(nn.Module):
+class StudentTeacher(Objective):
     """DINO (arXiv:2104.14294) on class tokens and iBOT (arXiv:2111.07832) on hidden patches, one head for both."""
 
-    def __init__(self, *, size: int, patch: int, dim: int, depth: int, heads: int, prototypes: int):
+    saved = "teacher"
+
+    def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.student = VisionTransformer(
-            img_size=size,
-            patch_size=patch,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            num_classes=0,
-            dynamic_img_size=True,
-        )
-        self.student_head = Head(dim, prototypes)
-        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.config, self.picture_size = config, config.size
+        self.student = new_student(config)
+        self.student_head = Head(config.dim, config.prototypes)
+        self.mask_token = nn.Parameter(torch.zeros(config.dim))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.class_centre: Tensor
         self.patch_centre: Tensor
-        self.register_buffer("class_centre", torch.zeros(prototypes))
-        self.register_buffer("patch_centre", torch.zeros(prototypes))
+        self.register_buffer("class_centre", torch.zeros(config.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(config.prototypes))
 
-    def losses(
-        self,
-        global_crops: Float[Tensor, "global_crops 3 size size"],
-        local_crops: Float[Tensor, "local_crops 3 local_size local_size"],
-        masks: Bool[Tensor, "global_crops patches"],
-        *,
-        batch: int,
-    ) -> Losses:
-        """Both losses of one batch; moves the centres, after they were used."""
-        with torch.no_grad():
-            seen = vit_tokens(self.teacher, global_crops)
-            class_logits = self.teacher_head(seen[:, 0])
-            patch_logits = self.teacher_head(seen[:, 1:][masks])
-            class_targets = targets(class_logits, self.class_centre)
-            patch_targets = targets(patch_logits, self.patch_centre)
-            self.class_centre.copy_(moved_centre(self.class_centre, class_logits))
-            if len(patch_logits):
-                self.patch_centre.copy_(moved_centre(self.patch_centre, patch_logits))
-        tokens = vit_tokens(self.student, global_crops, masks, self.mask_token)
-        classes = [tokens[:, 0]]
-        if len(local_crops):
-            classes.append(vit_tokens(self.student, local_crops)[:, 0])
-        logits = self.student_head(torch.cat(classes)).unflatten(0, (-1, batch))
-        of_class = class_loss(logits, class_targets.unflatten(0, (-1, batch)))
-        hidden = tokens[:, 1:][masks]
-        of_patch = patch_loss(self.student_head(hidden), patch_targets) if len(hidden) else of_class.new_zeros(())
+    def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
+        """Class loss and patch loss of one step's crops; moves the centres, after they were used."""
+        crops = draw_crops(images, self.config, step=step, rank=distributed.rank(), world_size=distributed.world_size())
+        with autocast(images.device, self.config.run.precision):
+            with torch.no_grad():
+                seen = vit_tokens(self.teacher, crops.global_crops)
+                class_logits = self.teacher_head(seen[:, 0])
+                patch_logits = self.teacher_head(seen[:, 1:][crops.masks])
+            tokens = vit_tokens(self.student, crops.global_crops, crops.masks, self.mask_token)
+            classes, hidden = [tokens[:, 0]], tokens[:, 1:][crops.masks]
+            if len(crops.local_crops):
+                classes.append(vit_tokens(self.student, crops.local_crops)[:, 0])
+            class_guesses = self.student_head(torch.cat(classes)).unflatten(0, (-1, len(images)))
+            patch_guesses = self.student_head(hidden) if len(hidden) else None
+        class_targets = targets(class_logits, self.class_centre)
+        self.class_centre.copy_(moved_centre(self.class_centre, class_logits))
+        of_class = class_loss(class_guesses, class_targets.unflatten(0, (GLOBAL_CROPS, len(images))))
+        if patch_guesses is None:
+            return Losses(of_class, of_class.new_zeros(()), spread(class_targets))
+        of_patch = patch_loss(patch_guesses, targets(patch_logits, self.patch_centre))
+        self.patch_centre.copy_(moved_centre(self.patch_centre, patch_logits))
         return Losses(of_class, of_patch, spread(class_targets))
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
-        """teacher ← m teacher + (1 - m) student, for backbone and head."""
+    def follow(self, progress: float) -> None:
+        """teacher ← m teacher + (1 - m) student, for backbone and head; m rises to 1 along a cosine."""
+        momentum = cosine(self.config.teacher_momentum, 1.0, progress)
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                 old.lerp_(new, 1 - momentum)
-
-
-def vit_tokens(
-    model: VisionTransformer,
-    images: Float[Tensor, "batch 3 height width"],
-    masks: Bool[Tensor, "batch patches"] | None = None,
-    mask_token: Float[Tensor, " dim"] | None = None,
-) -> Float[Tensor, "batch tokens dim"]:
-    """Class and patch tokens after the final norm; hidden patches enter as the mask token at their positions."""
-    x = model.patch_embed(images)
-    if masks is not None and mask_token is not None:
-        x = torch.where(masks.reshape(x.shape[:3])[..., None], mask_token.to(x.dtype), x)
-    return model.norm(model.blocks(model.norm_pre(model._pos_embed(x))))

@@ -34,21 +34,39 @@ class Views:
         self.config, self.encoder, self.pictures = config, encoder, pictures
         self._store: View | None = None
 
-    def batches(self, *, step: int) -> Iterator[View]:
-        """Batches from `step` on, for ever; a pure function of the config and the pictures."""
+    @property
+    def count(self) -> int:
+        """Views before they come again, or pictures where every crop is fresh."""
+        return max(1, self.config.views) * len(self.pictures.pictures)
+
+    def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Iterator[View]:
+        """Batches from `step` on, for ever; a pure function of the config and the pictures. Of several ranks, each
+        gets its block of every batch."""
         if not self.config.views:
-            return _cropped(self.config, self.encoder, self.pictures, self.config.batch_size, step)
+            size = self.config.batch_size
+            return _cropped(self.config, self.encoder, self.pictures, size, step, rank, world_size)
+        if world_size > 1:
+            raise ValueError(
+                f"{world_size} ranks cannot share views kept in memory (--views {self.config.views}); take --views 0, "
+                "fresh crops every step"
+            )
         if self._store is None:
-            count = self.config.views * len(self.pictures.pictures)
-            _refuse_what_does_not_fit(self.config, self.encoder, count)
-            self._store = _encode_all(self.config, self.encoder, self.pictures, count)
+            _refuse_what_does_not_fit(self.config, self.encoder, self.count)
+            self._store = _encode_all(self.config, self.encoder, self.pictures, self.count)
         return _kept(self._store, self.config, self.encoder.device, step)
 
 
 def _cropped(
-    config: LearnConfig, encoder: Encoder, pictures: PictureList, batch_size: int, step: int
+    config: LearnConfig,
+    encoder: Encoder,
+    pictures: PictureList,
+    batch_size: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[View]:
-    """Random resized crops and flips, drawn from (seed, step)."""
+    """Random resized crops and flips, drawn for the whole batch from (seed, step); a rank's block of them."""
+    first, last = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
     batches = PictureBatches(
         pictures,
         size=encoder.size,
@@ -56,12 +74,14 @@ def _cropped(
         seed=config.seed,
         step=step,
         threads=config.run.threads,
+        rank=rank,
+        world_size=world_size,
     )
     try:
         for images, _ in batches:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            boxes = random_boxes(len(images), scale=CROP_SCALE, generator=generator)
-            flip = torch.rand(len(images), generator=generator) < 0.5
+            boxes = random_boxes(batch_size, scale=CROP_SCALE, generator=generator)[first:last]
+            flip = torch.rand(batch_size, generator=generator)[first:last] < 0.5
             pixels = crop(images.permute(0, 3, 1, 2).float() / 255, boxes, encoder.size, flip)
             whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             yield View(whole, encoder(whole))

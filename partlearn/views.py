@@ -23,15 +23,26 @@ class PictureBatches:
 
     Each epoch is a permutation of the pictures. A picture's short side becomes `size`; the square is cut at a
     random place along the long side, keyed by (seed, epoch, index). An unreadable picture is named once on
-    stderr and replaced by the next readable one of the list. Use as a context manager.
+    stderr and replaced by the next readable one of the list. Of several ranks, each yields its block of a batch of
+    `batch_size` (which they divide). Use as a context manager.
     """
 
     def __init__(
-        self, pictures: PictureList, *, size: int, batch_size: int, seed: int, step: int = 0, threads: int = 2
+        self,
+        pictures: PictureList,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        step: int = 0,
+        threads: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.unreadable: dict[int, str] = {}
         self._pictures = pictures.pictures
         self._size, self._batch_size, self._seed, self._step = size, batch_size, seed, step
+        self._local, self._first = batch_size // world_size, rank * batch_size // world_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
         self._lock = threading.Lock()
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -57,9 +68,8 @@ class PictureBatches:
         self.close()
 
     def _submit(self, step: int) -> list[Future[tuple[np.ndarray, int]]]:
-        epochs, places = np.divmod(
-            np.arange(step * self._batch_size, (step + 1) * self._batch_size), len(self._pictures)
-        )
+        first = step * self._batch_size + self._first
+        epochs, places = np.divmod(np.arange(first, first + self._local), len(self._pictures))
         indices = np.array([self._permuted(int(e))[p] for e, p in zip(epochs, places, strict=True)], np.int64)
         offsets = uniform(self._seed, epochs, indices, VIEW, 1)[:, 0]
         return [self._pool.submit(self._read, int(i), float(o)) for i, o in zip(indices, offsets, strict=True)]
@@ -142,13 +152,20 @@ def crop(
 
 
 def jitter_colour(
-    images: Float[Tensor, "batch 3 height width"], *, strength: float, generator: torch.Generator
+    images: Float[Tensor, "batch 3 height width"],
+    *,
+    strength: float,
+    generator: torch.Generator,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Brightness, contrast and saturation of each picture times 1 ± strength, grey with probability 0.2.
 
-    Each picture in [0, 1] draws its own factors; the order is fixed, and values are clamped at the end.
+    Each picture in [0, 1] draws its own factors; the order is fixed, and values are clamped at the end. The pictures
+    are one rank's block of a batch, for the whole of which the factors are drawn.
     """
-    draws = torch.rand(4, len(images), 1, 1, 1, generator=generator).to(images.device)
+    mine = slice(rank * len(images), (rank + 1) * len(images))
+    draws = torch.rand(4, world_size * len(images), 1, 1, 1, generator=generator)[:, mine].to(images.device)
     brightness, contrast, saturation = 1 + strength * (2 * draws[:3] - 1)
     saturation = torch.where(draws[3] < 0.2, 0.0, saturation)
     bright = images * brightness

@@ -20,10 +20,11 @@ Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each whe
 
 
 def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
-    """Train a small ViT on a folder of pictures by self-distillation (DINO + iBOT).
+    """Train a small ViT on a folder of pictures: by self-distillation (DINO + iBOT), or from a larger encoder.
 
-    For domains without a ready encoder. Example:
+    For domains without a ready or a fast encoder. Examples:
       semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
+      semmae encoder --images photos/ --teacher timm:vit_small_patch14_dinov2=FILE --out runs/small --dim 192 --heads 3
     """
     from partlearn.distill import distill
 
@@ -34,7 +35,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
     """Learn part maps from a frozen encoder's tokens.
 
     Example:
-      semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --encoder-block 9 --out runs/parts
+      semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --out runs/parts
     """
     from partlearn.learn import learn
 
@@ -209,9 +210,7 @@ def _train(function: Any, config: Any, backend: str, workers: int) -> None:
 
 def _say(report: dict[str, Any]) -> None:
     """The figures of a run on one line, by the main rank."""
-    from training.distributed import is_main
-
-    if is_main():
+    if os.environ.get("RANK", "0") == "0":  # the group of ranks has been left by now
         numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 

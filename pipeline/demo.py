@@ -80,7 +80,6 @@ class Stages:
             encoder_block=2,
             grid=GRID,
             views=1,
-            steps=300,
             batch_size=64,
             seed=self.config.seed,
             run=self.run(name),

@@ -20,6 +20,7 @@ COLUMNS = pa.schema(
         ("class_id", pa.int32()),
         ("src_width", pa.int32()),
         ("src_height", pa.int32()),
+        ("confidence", pa.uint8()),
         *((side, pa.float32()) for side in BOX),
         ("jpg_offset", pa.uint64()),
         ("jpg_size", pa.uint32()),

@@ -33,6 +33,8 @@ class LabelledPicture:
     """The crop in source pixels: x0, y0, x1, y1."""
     attn: UInt8[np.ndarray, "heads rows cols"] | None = None
     """Class attention of each head, 255 = the most attended cell."""
+    confidence: int = 255
+    """That there is an object, in hundredths from 0 to 200; 255 = nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)

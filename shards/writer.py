@@ -105,6 +105,7 @@ def _write_sample(writer: _TarWriter, sample: LabelledPicture, groups: int) -> d
         "class_id": sample.class_id,
         "src_width": sample.src_width,
         "src_height": sample.src_height,
+        "confidence": sample.confidence,
         "jpg_offset": 0,
         "jpg_size": len(sample.jpeg),
         "crc32_jpg": zlib.crc32(sample.jpeg),

@@ -1,6 +1,7 @@
 """Ranks: one process works without any of this, torchrun and Ray Train with it."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,27 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
+    """Gradients become their mean over ranks, in one reduction.
+
+    For small models, and for steps of several forward passes, where DistributedDataParallel's reductions inside the
+    backward pass would meet others.
+    """
+    if world_size() == 1:
+        return
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    averaged = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, averaged.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def same(tensors: Iterable[torch.Tensor]) -> None:
+    """Every rank takes the main one's values, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:

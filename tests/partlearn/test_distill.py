@@ -5,16 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from reference import distillation as slow
+from stripes import draw_stripes, tiny
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from partlearn import distill_loss
-from partlearn.config import EncoderConfig
-from partlearn.distill import distill, new_optimizer, new_pair
+from partlearn.batch_norm import BatchNorm
+from partlearn.distill import distill, new_objective
 from partlearn.encoders import load_encoder
+from partlearn.update import new_optimizer
 from training.checkpoint import find, load_state, load_tensors, newest
-from training.config import RunConfig
 from training.metrics import read_metrics
 
 
@@ -29,22 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Forty pictures of stripes, each of its own angle and colours."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:24, :24]
-    for number in range(40):
-        angle, colours = rng.uniform(0, np.pi), rng.uniform(0, 255, (2, 3))
-        stripes = (np.sin(x * np.cos(angle) + y * np.sin(angle)) > 0)[..., None]
-        Image.fromarray((stripes * colours[0] + ~stripes * colours[1]).astype(np.uint8)).save(folder / f"{number}.png")
-    return str(folder)
-
-
-def tiny(images, out, **settings) -> EncoderConfig:
-    small = {"size": 16, "local_size": 8, "local_crops": 2, "patch": 4, "dim": 32, "depth": 2, "heads": 2}
-    schedule = {"prototypes": 32, "epochs": 4, "batch_size": 16, "base_lr": 0.02, "warmup_epochs": 0.5}
-    run = RunConfig(out=out, device="cpu", threads=1)
-    return EncoderConfig(images=images, run=run, **(small | schedule | {"teacher_momentum": 0.9} | settings))
+    return draw_stripes(tmp_path_factory.mktemp("stripes") / "images", 40)
 
 
 def distribution(*shape: int) -> torch.Tensor:
@@ -87,12 +73,12 @@ def test_the_spread_tells_both_collapses_from_none():
 
 
 def test_the_teacher_follows_the_student(images, tmp_path):
-    pair = new_pair(tiny(images, tmp_path))
+    pair = new_objective(tiny(images, tmp_path, teacher_momentum=0.9))
     for weight in pair.student.parameters():
         torch.nn.init.normal_(weight)
     before = {name: weight.clone() for name, weight in pair.teacher.named_parameters()}
 
-    pair.follow(0.9)
+    pair.follow(0.0)
 
     for name, weight in pair.student.named_parameters():
         expected = 0.9 * before[name] + 0.1 * weight
@@ -101,7 +87,7 @@ def test_the_teacher_follows_the_student(images, tmp_path):
 
 def test_the_optimizer_trains_the_student_and_never_the_teacher(images, tmp_path):
     config = tiny(images, tmp_path)
-    pair = new_pair(config)
+    pair = new_objective(config)
 
     trained = {id(weight) for group in new_optimizer(pair, config).param_groups for weight in group["params"]}
 
@@ -118,7 +104,7 @@ def test_a_stopped_run_continues_to_the_same_weights_bit_for_bit(images, tmp_pat
     whole, halves = newest(tmp_path / "whole"), newest(tmp_path / "halves")
     assert whole.name == halves.name == "step-00000010"
     assert (whole / "model.safetensors").read_bytes() == (halves / "model.safetensors").read_bytes()
-    expected, found = load_state(whole)["pair"], load_state(halves)["pair"]
+    expected, found = load_state(whole)["rest"], load_state(halves)["rest"]
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     losses = [[line["loss_class"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == losses[1]
@@ -159,7 +145,7 @@ def test_no_epochs_leave_the_encoder_as_it_was_drawn(images, tmp_path):
     report = distill(config)
 
     weights, _ = load_tensors(find(tmp_path / "run"))
-    drawn = new_pair(config).teacher.state_dict()
+    drawn = new_objective(config).teacher.state_dict()
     assert report["steps"] == 0
     assert all(torch.equal(weights[name], drawn[name]) for name in drawn)
 
@@ -180,6 +166,35 @@ def test_too_few_pictures_for_a_batch_are_told(images, tmp_path):
 def test_another_seed_draws_another_student(images, tmp_path):
     config = tiny(images, tmp_path)
 
-    first, second = (new_pair(dataclasses.replace(config, seed=seed)).student.pos_embed for seed in (0, 1))
+    first, second = (new_objective(dataclasses.replace(config, seed=seed)).student.pos_embed for seed in (0, 1))
 
     assert not torch.equal(first, second)
+
+
+def test_only_the_vits_and_the_mlp_of_the_head_compute_in_bf16(images, tmp_path):
+    objective = new_objective(tiny(images, tmp_path, precision="bf16"))
+    made = {}
+    for name, module in objective.named_modules():
+        if not isinstance(module, nn.Identity):
+            module.register_forward_hook(lambda module, _, output, name=name: made.update({name: output.dtype}))
+
+    losses = objective.losses(torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8), step=0)
+
+    assert made["student.blocks.0.mlp.fc1"] == made["student_head.mlp.0"] == torch.bfloat16
+    norms = [name for name in made if isinstance(objective.get_submodule(name), nn.LayerNorm | BatchNorm)]
+    assert {made[name] for name in (*norms, "student_head", "teacher_head")} == {torch.float32}
+    assert losses.of_class.dtype == losses.of_patch.dtype == torch.float32
+
+
+def test_bf16_trains_as_fp32_does_and_saves_fp32(images, tmp_path):
+    for precision in ("fp32", "bf16"):
+        distill(tiny(images, tmp_path / precision, precision=precision))
+
+    weights, _ = load_tensors(find(tmp_path / "bf16"))
+    rest = load_state(newest(tmp_path / "bf16"))["rest"]
+    full, half = (read_metrics(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert {tensor.dtype for tensor in (*weights.values(), *rest.values())} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in (*weights.values(), *rest.values()))
+    for name in ("loss_class", "loss_patch"):
+        assert half[0][name] == pytest.approx(full[0][name], rel=0.01)
+        assert half[-1][name] == pytest.approx(full[-1][name], rel=0.1)

@@ -114,3 +114,32 @@ def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
 
     with pytest.raises(ValueError, match="was learned on 4"):
         Labeller(tmp_path / "run", grid=8)
+
+
+def test_paper_is_the_literal_form(photos, tmp_path):
+    literal = config(photos, tmp_path, paper=True, decoder_size=8)
+
+    assert (literal.target, literal.where, literal.init, literal.softmax) == (
+        "pixels", "everywhere", "heads", "positions",
+    )  # fmt: skip
+    assert not literal.relative
+    assert not literal.background
+
+
+def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_path):
+    run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
+    chosen = LearnConfig(
+        images=str(photos), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, views=2, batch_size=4, run=run
+    )
+
+    report = learn(chosen)
+
+    assert report["steps"] == 0
+    assert {"parts_used", "speckle"} <= set(report)
+    assert Labeller(tmp_path / "run").groups == 4
+
+
+def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):
+    learn(config(photos, tmp_path / "run", parts=40, steps=0))
+
+    assert "it has vanished" in capsys.readouterr().err

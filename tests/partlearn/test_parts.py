@@ -18,7 +18,7 @@ def everywhere(batch: int, patches: int) -> torch.Tensor:
 
 
 def random_attention(parts: int = 3, dim: int = 8) -> PartAttention:
-    attention = PartAttention(dim, parts, 4)
+    attention = PartAttention(dim, dim, parts, 4)
     attention.start_at_random(torch.Generator().manual_seed(0))
     return attention
 
@@ -28,7 +28,7 @@ def test_maps_that_start_at_the_heads_are_the_encoders_class_attention():
     with torch.no_grad():  # queries and keys with biases that matter
         encoder.model.blocks[-1].attn.qkv.bias.normal_()
     tokens = encoder(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
-    attention = PartAttention(encoder.dim, encoder.heads, encoder.dim // encoder.heads)
+    attention = PartAttention(encoder.dim, encoder.dim, encoder.heads, encoder.dim // encoder.heads)
     attention.start_at_heads(encoder.model.blocks[-1].attn, torch.Generator().manual_seed(0))
 
     logits = attention.logits(tokens.block_tokens[:, 0], tokens.block_tokens[:, 1:])
@@ -40,7 +40,7 @@ def test_maps_that_start_at_the_heads_are_the_encoders_class_attention():
 
 def test_more_parts_than_heads_start_different():
     encoder = load_encoder("random:vit_tiny_patch16_224", size=64)
-    attention = PartAttention(192, 6, 64)
+    attention = PartAttention(192, 192, 6, 64)
 
     attention.start_at_heads(encoder.model.blocks[-1].attn, torch.Generator().manual_seed(0))
 
@@ -91,11 +91,11 @@ def test_the_argmax_over_positions_is_that_of_the_maps():
 
 def test_relative_tokens_do_not_change_when_a_picture_shifts_as_a_whole():
     tokens, inside = torch.randn(2, 9, 4), everywhere(2, 9)
-    deviation = torch.rand(4) + 0.5
+    whitening = torch.rand(4, 3)
 
-    shifted = relative_tokens(tokens + torch.randn(2, 1, 4), inside, deviation)
+    shifted = relative_tokens(tokens + torch.randn(2, 1, 4), inside, whitening)
 
-    assert torch.allclose(shifted, relative_tokens(tokens, inside, deviation), atol=1e-5)
+    assert torch.allclose(shifted, relative_tokens(tokens, inside, whitening), atol=1e-5)
 
 
 def test_diversity_is_0_for_disjoint_maps_and_30_of_36_for_equal_ones():

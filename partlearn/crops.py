@@ -1,0 +1,103 @@
+"""The views that one step shows, drawn for the whole batch so that any number of ranks sees the same."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from partlearn.block_masks import block_masks
+from partlearn.config import EncoderConfig
+from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
+from partlearn.views import crop, jitter_colour, random_boxes
+
+GLOBAL_SCALE, LOCAL_SCALE = (0.35, 1.0), (0.08, 0.35)
+GLOBAL_CROPS = 2
+JITTER = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """What one step of self-distillation shows: crop after crop of the whole batch."""
+
+    global_crops: Float[Tensor, "global_crops 3 size size"]
+    local_crops: Float[Tensor, "local_crops 3 local_size local_size"]
+    masks: Bool[Tensor, "global_crops patches"]
+
+
+def draw_crops(
+    images: UInt8[Tensor, "batch height width 3"],
+    config: EncoderConfig,
+    *,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Crops:
+    """The crops of one rank's block of the batch, a pure function of the pictures, the seed and the step."""
+    generator = step_generator(config.seed, step)
+    block = {"generator": generator, "rank": rank, "world_size": world_size}
+    pixels = unit(images)
+
+    def views(count: int, size: int, scale: tuple[float, float]) -> Float[Tensor, "crops 3 size size"]:
+        drawn = [pixels.new_empty(0, 3, size, size)]
+        for _ in range(count):
+            boxes, flip = random_places(pixels, scale=scale, **block)
+            drawn.append(normalised(jitter_colour(crop(pixels, boxes, size, flip), strength=JITTER, **block)))
+        return torch.cat(drawn)
+
+    global_crops = views(GLOBAL_CROPS, config.size, GLOBAL_SCALE)
+    local_crops = views(config.local_crops, config.local_size, LOCAL_SCALE)
+    whole = GLOBAL_CROPS * world_size * len(images)
+    masks = block_masks(whole, config.size // config.patch, share=config.mask_share, generator=generator)
+    mine = masks.unflatten(0, (GLOBAL_CROPS, world_size, -1))[:, rank].flatten(0, 1)
+    return Crops(global_crops, local_crops, mine.to(pixels.device))
+
+
+def draw_twins(
+    images: UInt8[Tensor, "batch height width 3"],
+    sizes: tuple[int, int],
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[Float[Tensor, "batch 3 first first"], Float[Tensor, "batch 3 second second"]]:
+    """One crop of each picture in other colours, at two sizes and in [0, 1]; pure as `draw_crops` is."""
+    block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
+    pixels = unit(images)
+    boxes, flip = random_places(pixels, scale=GLOBAL_SCALE, **block)
+    coloured = jitter_colour(pixels, strength=JITTER, **block)
+    return crop(coloured, boxes, sizes[0], flip), crop(coloured, boxes, sizes[1], flip)
+
+
+def random_places(
+    pixels: Float[Tensor, "batch 3 height width"],
+    *,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    rank: int,
+    world_size: int,
+) -> tuple[Float[Tensor, "batch 4"], Bool[Tensor, " batch"]]:
+    """Boxes, and whether to mirror them, of one rank's block of the batch."""
+    count = len(pixels)
+    boxes = random_boxes(world_size * count, scale=scale, generator=generator)
+    flip = torch.rand(world_size * count, generator=generator) < 0.5
+    mine = slice(rank * count, (rank + 1) * count)
+    return boxes[mine].to(pixels.device), flip[mine].to(pixels.device)
+
+
+def unit(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+    """Bytes as pixels in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def normalised(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels in [0, 1] minus ImageNet's mean, over its deviation: what our encoders read."""
+    mean, std = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A generator for one step; the pair is hashed, because torch's CPU generator reads 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

@@ -1,0 +1,98 @@
+"""A small ViT that learns the tokens of a larger frozen one: the fast encoder of one's own domain.
+
+python -m pipeline encoder --images DIR --teacher timm:vit_large_patch14_dinov2=FILE --out runs/encoder
+"""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from partlearn.config import EncoderConfig
+from partlearn.crops import draw_twins, normalised
+from partlearn.encoders import Encoder
+from partlearn.objective import Losses, Objective
+from partlearn.student import new_student, vit_tokens
+from training import distributed
+from training.checkpoint import CheckpointError
+from training.device import autocast
+
+
+class FromTeacher(Objective):
+    """The student's tokens, through a linear layer each for class and patches, point where the teacher's do.
+
+    Both see the same crop in the same colours (arXiv:2106.05237), each at its own size and on the same grid.
+    """
+
+    saved = "student"
+
+    def __init__(self, config: EncoderConfig, teacher: Encoder):
+        super().__init__()
+        self.config, self.teacher = config, teacher  # an Encoder is no module: neither trained nor saved
+        self.picture_size = max(config.size, teacher.size)
+        self.student = new_student(config)
+        self.class_projection = nn.Linear(config.dim, teacher.dim)
+        self.patch_projection = nn.Linear(config.dim, teacher.dim)
+        self.class_mean: Tensor
+        self.patch_mean: Tensor
+        self.register_buffer("class_mean", torch.zeros(teacher.dim))
+        self.register_buffer("patch_mean", torch.zeros(teacher.dim))
+
+    def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
+        """Cosine losses of one step's crops against the teacher's centred tokens; moves the means, then uses them."""
+        ours, theirs = draw_twins(
+            images,
+            (self.config.size, self.teacher.size),
+            seed=self.config.seed,
+            step=step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        seen = self.teacher((255 * theirs).round().byte().permute(0, 2, 3, 1))
+        with autocast(images.device, self.config.run.precision):
+            tokens = vit_tokens(self.student, normalised(ours)).float()
+        self.class_mean.copy_(running_mean(self.class_mean, seen.class_token, step=step))
+        self.patch_mean.copy_(running_mean(self.patch_mean, seen.patch_tokens, step=step))
+        of_picture = self.class_projection(tokens[:, 0])
+        of_cells = self.patch_projection(tokens[:, 1:])
+        return Losses(
+            cosine_loss(of_picture, seen.class_token - self.class_mean),
+            cosine_loss(of_cells, seen.patch_tokens - self.patch_mean),
+            {"told_apart": told_apart(of_picture)},
+        )
+
+    def get_extra_state(self) -> str:
+        return self.teacher.fingerprint
+
+    def set_extra_state(self, state: str) -> None:
+        if state != self.teacher.fingerprint:
+            raise CheckpointError(
+                f"the weights of {self.config.teacher} are not those this run began with; bring them back, "
+                "or start again with another --out"
+            )
+
+
+def cosine_loss(predicted: Float[Tensor, "*axes dim"], target: Float[Tensor, "*axes dim"]) -> Float[Tensor, ""]:
+    """Mean over tokens of 1 - cos(predicted, target): 0 where they point the same way, 1 at right angles."""
+    return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
+
+
+def running_mean(
+    mean: Float[Tensor, " dim"], tokens: Float[Tensor, "*axes dim"], *, step: int
+) -> Float[Tensor, " dim"]:
+    """μ ← μ + (mean of this step's tokens - μ) / (step + 1): the mean over all tokens of the steps so far.
+
+    The teacher is frozen, so its mean is one number a dimension, and all steps tell equally much of it. It is taken off
+    because a transformer's tokens share a large direction: two tokens of unlike things may have a cosine of .8. Against
+    such targets a student that always gives the mean loses little, and the differences that matter hardly pull.
+    """
+    return mean.lerp(distributed.mean(tokens.flatten(0, -2).mean(dim=0)), 1 / (step + 1))
+
+
+def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:
+    """1 - the mean cosine of the batch's predictions with each other: near 0 when all pictures get the same one.
+
+    Of predictions and not of class tokens, which share a large direction of their own that says nothing.
+    """
+    mean = distributed.mean(F.normalize(predicted.detach(), dim=-1).mean(dim=0))
+    return 1 - mean.square().sum().item()

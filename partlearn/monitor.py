@@ -1,0 +1,83 @@
+"""How well an encoder's class tokens tell labelled pictures apart, while it is trained."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from partlearn.crops import normalised, unit
+from partlearn.student import vit_tokens
+from shards.pictures import Picture, PictureError, decode_rgb, list_pictures, read_bytes, square
+from training.device import autocast
+
+MOST, CHUNK = 2000, 64
+
+
+class Monitor:
+    """Labelled pictures in memory, decoded once: the middle square of each at `size` pixels.
+
+    Takes at most 2,000 of them, evenly spaced in the order of their names, and says so on stderr.
+
+    Raises:
+        ValueError: The pictures have no classes, or fewer than two can be read.
+    """
+
+    def __init__(self, source: str, *, size: int, threads: int):
+        listed = list_pictures(source)
+        if not listed.classes:
+            raise ValueError(f"--knn needs a folder of class folders, and the pictures of {source} have no classes")
+        count = len(listed.pictures)
+        chosen = [listed.pictures[i] for i in np.linspace(0, count - 1, min(count, MOST)).round().astype(int)]
+        if count > MOST:
+            print(f"--knn takes {MOST:,} of the {count:,} pictures of {source}, evenly spaced", file=sys.stderr)
+        with ThreadPoolExecutor(threads, thread_name_prefix="monitor") as pool:
+            found = list(pool.map(lambda picture: _read(picture, size), chosen))
+        images = [image for image in found if image is not None]
+        if len(images) < 2:
+            raise ValueError(f"--knn needs two readable pictures or more, and {source} has {len(images)}")
+        self.images: UInt8[Tensor, "pictures size size 3"] = torch.from_numpy(np.stack(images))
+        labels = [picture.class_id for picture, image in zip(chosen, found, strict=True) if image is not None]
+        self.labels: Int64[Tensor, " pictures"] = torch.tensor(labels)
+
+    @torch.no_grad()
+    def __call__(self, encoder: VisionTransformer, precision: str) -> float:
+        """Accuracy, from 0 to 1, of guessing each picture's class from the others' class tokens."""
+        device = next(encoder.parameters()).device
+        with autocast(device, precision):
+            chunks = (normalised(unit(chunk.to(device))) for chunk in self.images.split(CHUNK))
+            tokens = torch.cat([vit_tokens(encoder, chunk)[:, 0].float() for chunk in chunks])
+        return knn_accuracy(tokens, self.labels.to(device))
+
+
+def knn_accuracy(
+    tokens: Float[Tensor, "pictures dim"],
+    labels: Int64[Tensor, " pictures"],
+    *,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of the pictures whose class has the most votes among their nearest others, themselves left out:
+
+    votes[c] = Σ over the k nearest pictures of class c of exp((cosine - 1) / temperature)
+
+    DINO (arXiv:2104.14294, eval_knn.py), with every picture both test and training picture.
+    """
+    unit_tokens = F.normalize(tokens, dim=1)
+    cosine = (unit_tokens @ unit_tokens.T).fill_diagonal_(-torch.inf)
+    nearest, places = cosine.topk(min(neighbours, len(tokens) - 1), dim=1)
+    votes = tokens.new_zeros(len(tokens), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[places], ((nearest - 1) / temperature).exp())
+    return (votes.argmax(dim=1) == labels).double().mean().item()
+
+
+def _read(picture: Picture, size: int) -> np.ndarray | None:
+    try:
+        return np.array(square(decode_rgb(read_bytes(picture)), size)[0])
+    except (PictureError, OSError) as error:
+        print(f"{picture.name} cannot be read ({error}); --knn leaves it out", file=sys.stderr)
+        return None

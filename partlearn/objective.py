@@ -1,0 +1,40 @@
+"""What the loop of the verb `encoder` asks of the thing it trains."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, UInt8
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Of one step. The losses are of this rank's pictures and add up to what is minimised; `shown` are figures of the
+    whole batch, `told_apart` among them: near 0 when the encoder says the same of every picture."""
+
+    of_class: Float[Tensor, ""]
+    of_patch: Float[Tensor, ""]
+    shown: dict[str, float]
+
+
+class Objective(nn.Module):
+    """Self-distillation (`StudentTeacher`) or distillation from a larger encoder (`FromTeacher`)."""
+
+    saved: str
+    """Name of the submodule that is the encoder; everything else is state, kept for resuming."""
+    picture_size: int
+    """Side of the squares that crops are cut from, in pixels."""
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        return getattr(self, self.saved)
+
+    def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
+        """Both losses of this rank's block of the batch: a function of the pictures, the seed, the step and the state.
+
+        Computes the ViTs in the run's precision, everything else in fp32.
+        """
+        raise NotImplementedError
+
+    def follow(self, progress: float) -> None:
+        """What comes after an update, `progress` (0 to 1) through the run."""

@@ -1,0 +1,59 @@
+"""Step 0 of the part learner: k-means centres, the encoder's attention heads, or chance."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from partlearn.config import LearnConfig
+from partlearn.encoders import Encoder, Tokens
+from partlearn.kmeans import spherical_kmeans
+from partlearn.learner import PartLearner
+from partlearn.parts import centred_tokens, whitening_of
+from partlearn.view_tokens import Views
+
+PROTOTYPE_SCALE = 10.0
+START_VIEWS, START_CELLS = 2048, 64
+"""k-means starts from so many views, and so many cells of each."""
+
+
+@torch.no_grad()
+def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Views) -> None:
+    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens."""
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.init != "kmeans":
+        if config.init == "heads":
+            learner.attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
+        else:
+            learner.attention.start_at_random(generator)
+        if config.target == "features":
+            learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
+        return
+    learner.whitening.copy_(whitening_of(_drawn(learner, views, _centred, generator), learner.shape.width))
+    points = _drawn(learner, views, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
+    centres = spherical_kmeans(points.cpu(), config.parts, generator=generator).to(points.device)
+    learner.attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
+    if config.target == "features":
+        learner.vectors.copy_(centres)
+
+
+def _drawn(
+    learner: PartLearner, views: Views, read: Callable[[Tokens, Tensor], Tensor], generator: torch.Generator
+) -> Float[Tensor, "points width"]:
+    """START_CELLS learned cells, drawn at random, of each of the first START_VIEWS views, as `read` gives them."""
+    points, seen = [], 0
+    for view in views.batches(step=0):
+        cells = learner.learned_cells(view.tokens)
+        order = torch.rand(cells.shape, generator=generator).to(cells.device).masked_fill(~cells, 2.0).argsort(dim=1)
+        drawn = order[:, : min(START_CELLS, int(cells.sum(dim=1).min()))]
+        tokens = read(view.tokens, cells)
+        points.append(tokens.gather(1, drawn[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1))
+        seen += len(cells)
+        if seen >= min(START_VIEWS, views.count):
+            return torch.cat(points)
+    raise AssertionError("views never end")
+
+
+def _centred(tokens: Tokens, cells: Tensor) -> Tensor:
+    return centred_tokens(tokens.block_tokens[:, 1:], cells)

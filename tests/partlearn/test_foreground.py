@@ -1,0 +1,82 @@
+"""Scorers of foreground and the confidence that there is one, on tokens whose object is known."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from partlearn.encoders import Tokens
+from partlearn.foreground import (
+    border_distance,
+    confidence,
+    first_component,
+    foreground_rank,
+    foreground_score,
+    normalised_cut,
+)
+
+SIDE, DIM = 12, 16
+
+
+def scene(*, contrast: float) -> tuple[Tokens, torch.Tensor]:
+    """Four pictures with a square object, its tokens `contrast` away from the ground's."""
+    generator = torch.Generator().manual_seed(0)
+    ground, thing = F.normalize(torch.randn(2, DIM, generator=generator), dim=1)
+    inside = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
+    for number in range(4):
+        inside[number, 2 + number : 7 + number, 3:8] = True
+    cells = inside.flatten(1)
+    tokens = ground + contrast * cells[..., None] * (thing - ground)
+    tokens = tokens + 0.05 * torch.randn(*tokens.shape, generator=generator)
+    attention = (0.1 + cells.float())[:, None].expand(-1, 3, -1) / 100
+    return Tokens(tokens.mean(1), tokens, torch.cat([tokens.mean(1, keepdim=True), tokens], 1), attention), cells
+
+
+@pytest.mark.parametrize("scorer", ["border", "component", "cut", "attention"])
+def test_every_scorer_puts_the_object_first(scorer):
+    tokens, cells = scene(contrast=1.0)
+
+    rank = foreground_rank(foreground_score(tokens, scorer))
+
+    assert torch.equal(rank < 25, cells)
+
+
+def test_the_cut_is_the_generalised_eigenvector_of_the_graph():
+    tokens, _ = scene(contrast=1.0)
+    cut = normalised_cut(tokens.patch_tokens)[0].double()
+
+    unit = F.normalize(tokens.patch_tokens[0], dim=-1)
+    weights = torch.where(unit @ unit.T > 0.2, 1.0, 1e-5).double()
+    degree = weights.sum(1)
+    vector = cut - (degree * cut).sum() / degree.sum()  # undo the centring: D-orthogonal to the constant vector
+    residual = degree * vector - weights @ vector
+    value = (vector * residual).sum() / (degree * vector.square()).sum()
+    assert (residual - value * degree * vector).norm() < 1e-3 * (degree * vector).norm()
+
+
+def test_the_component_explains_the_most_variance():
+    tokens, _ = scene(contrast=0.5)
+    unit = F.normalize(tokens.patch_tokens[0], dim=-1)
+
+    along = first_component(tokens.patch_tokens)[0]
+
+    assert along.square().sum() == pytest.approx(torch.linalg.svdvals(unit - unit.mean(0))[0].item() ** 2, rel=1e-4)
+
+
+def test_confidence_falls_with_the_object():
+    figures = []
+    for contrast in (1.0, 0.3, 0.0):
+        tokens, _ = scene(contrast=contrast)
+        rank = foreground_rank(foreground_score(tokens, "border"))
+        figures.append(confidence(tokens.patch_tokens, rank).mean().item())
+
+    assert figures[0] > 0.3 > figures[1] > 0.05
+    assert figures[2] < 0.02
+
+
+def test_confidence_is_the_gap_of_border_distances():
+    side = 4
+    tokens = torch.tensor([[1.0, 0.0]]).repeat(side * side, 1)
+    tokens[[5, 6, 9, 10]] = torch.tensor([0.0, 1.0])  # the four inner cells, at a right angle to the border
+    rank = foreground_rank(border_distance(tokens[None]))
+
+    assert confidence(tokens[None], rank).tolist() == pytest.approx([1.0])

@@ -1,0 +1,44 @@
+"""What a part learner going wrong is told."""
+
+import torch
+from torch.nn import functional as F
+
+from partlearn.health import complaints, health
+
+CELLS = torch.ones(2, 64, dtype=torch.bool)
+
+
+def maps_of(labels: torch.Tensor, parts: int = 4) -> torch.Tensor:
+    return F.one_hot(labels, parts).transpose(1, 2).float()
+
+
+def said(maps: torch.Tensor) -> str:
+    return " / ".join(complaints(health(maps, CELLS), maps.shape[1]))
+
+
+def quarters() -> torch.Tensor:
+    rows, cols = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    return (2 * (rows // 4) + cols // 4).flatten().expand(2, -1)
+
+
+def test_nothing_is_said_of_good_maps():
+    assert said(maps_of(quarters())) == ""
+
+
+def test_a_part_that_vanished_is_named_with_its_share():
+    assert "part 3 covers 0.0% of the cells: it has vanished" in said(maps_of(quarters().clamp(max=2)))
+
+
+def test_a_part_that_takes_all_is_told():
+    assert "the largest part covers 100% of a picture's cells" in said(maps_of(torch.zeros(2, 64, dtype=torch.int64)))
+
+
+def test_equal_maps_are_told():
+    assert "the maps are alike (mean cosine 1.00)" in said(torch.full((2, 4, 64), 0.25))
+
+
+def test_speckle_is_told():
+    rows, cols = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    assert "100% of the cells share their label with no neighbour" in said(
+        maps_of(((rows + 2 * cols) % 4).flatten().expand(2, -1))
+    )

@@ -1,0 +1,61 @@
+"""The verb `learn-parts` on two ranks: the weights of one process, and one writer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import photographs
+
+from training.checkpoint import find, load_tensors
+from training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "--encoder random:vit_tiny_patch16_224 --grid 4 --parts 3 --batch-size 4 --steps 4 --device cpu --precision fp32"
+)
+PAPER = "--paper --views 0 --decoder-size 8"
+FEATURES = "--views 0 --balance 0"
+BEFORE_ADAIN = ("convs.0.bias", "convs.1.bias")
+"""AdaIN takes them away: their gradient is rounding, which Adam blows up to whole steps."""
+COMMANDS = {
+    "one": [sys.executable, "-m", "pipeline"],
+    "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"],
+}
+
+
+def learn_parts(how: str, flags: str, images: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMANDS[how], "learn-parts", "--images", str(images), *FLAGS.split(), *flags.split(), "--out", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("flags", [PAPER, FEATURES], ids=["paper", "features"])
+def test_two_ranks_equal_one_on_the_joined_batch(flags, tmp_path):
+    images = photographs(tmp_path / "photos", 6)
+    for how in COMMANDS:
+        done = learn_parts(how, flags, images, tmp_path / how)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    one, two = (load_tensors(find(tmp_path / how))[0] for how in COMMANDS)
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        if not name.endswith(BEFORE_ADAIN):
+            assert torch.allclose(two[name], expected, atol=5e-5), name
+    for alone, shared in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert shared["diversity"] == pytest.approx(alone["diversity"], rel=1e-4)
+
+
+def test_ranks_that_cannot_share_kept_views_are_refused(tmp_path):
+    done = learn_parts("two", "--views 2", photographs(tmp_path / "photos", 6), tmp_path / "run")
+
+    assert done.returncode != 0
+    assert "2 ranks cannot share views kept in memory (--views 2); take --views 0" in done.stderr
