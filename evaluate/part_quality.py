@@ -16,12 +16,14 @@ from evaluate.controls import (
     colour_clusters,
     darkness,
 )
+from evaluate.foreground_iou import at_thresholds, best_iou, quarter_iou
 
 BANDS, STRATUM_BANDS, PERMUTATIONS = 6, 4, 10
 UNKNOWN = 255
 OTHER_PICTURES = 3
 PART_COLUMNS = ("beyond_shortcut", "beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi")
 PART_COLUMNS += ("parts_used", "largest_share", "speckle")
+FOREGROUND_COLUMNS = ("foreground_ap", "foreground_recall_quarter", "foreground_iou_best", "foreground_iou_quarter")
 Columns = dict[str, float | None]
 
 
@@ -63,7 +65,7 @@ def shortcuts(
     stripes = np.broadcast_to(1 + bands(grid, max(2, groups - 1)), truth_parts.shape)
     centre = np.broadcast_to(centre_prior(grid), truth_parts.shape)
     no_parts: Columns = dict.fromkeys(PART_COLUMNS)
-    no_rank: Columns = {"foreground_ap": None, "foreground_recall_quarter": None}
+    no_rank: Columns = dict.fromkeys(FOREGROUND_COLUMNS)
     ranks = {
         "centre": centre,
         "darkness": darkness(images, grid),
@@ -82,10 +84,8 @@ def average_precision(scores: Float[np.ndarray, " cells"], truth: Bool[np.ndarra
     """
     if not truth.any():
         return None
-    order = np.argsort(-scores, kind="stable")
-    hits, last = np.cumsum(truth[order]), np.append(np.diff(scores[order]) != 0, True)
-    found, taken = hits[last], np.arange(1, len(scores) + 1)[last]
-    return float((np.diff(found, prepend=0) / hits[-1] * found / taken).sum())
+    found, taken = at_thresholds(scores, truth)
+    return float((np.diff(found, prepend=0) / truth.sum() * found / taken).sum())
 
 
 def recall_in_quarter(rank: Integer[np.ndarray, " cells"], truth: Bool[np.ndarray, " cells"]) -> float | None:
@@ -191,6 +191,16 @@ def largest_share(parts: Integer[np.ndarray, "pictures rows cols"]) -> float | N
     return _mean(np.bincount(own).max() / len(own) for own in (p[p > 0] for p in parts) if len(own))
 
 
+def areas(parts: Integer[np.ndarray, "pictures rows cols"], groups: int) -> list[float] | None:
+    """Each part's share of the cells outside the background, over all pictures; None where there are none.
+
+    Args:
+        groups: Labels there are, the background included.
+    """
+    cells = np.bincount(parts.ravel(), minlength=groups)[1:]
+    return (cells / cells.sum()).tolist() if cells.any() else None
+
+
 def flip_agreement(
     parts: Integer[np.ndarray, "pictures rows cols"], of_mirrored: Integer[np.ndarray, "pictures rows cols"]
 ) -> float:
@@ -257,15 +267,20 @@ def _part_columns(parts: np.ndarray, truth: np.ndarray, colours: np.ndarray) -> 
 
 def _foreground_columns(scores: np.ndarray, truth: np.ndarray) -> Columns:
     """Per picture over its known cells, then the mean over pictures with a foreground."""
-    precision, recall = [], []
+    rows: list[tuple[float | None, ...]] = []
     for values, labels in zip(scores.reshape(len(truth), -1), truth.reshape(len(truth), -1), strict=True):
         inside, known = foreground_cells(labels[None])[0], labels != UNKNOWN
         rank = np.empty(len(values), dtype=np.int64)
         rank[np.argsort(-values, kind="stable")] = np.arange(len(values))
-        if inside.any():
-            precision.append(average_precision(values[known], inside[known]))
-            recall.append(recall_in_quarter(rank, inside))
-    return {"foreground_ap": _mean(precision), "foreground_recall_quarter": _mean(recall)}
+        rows.append(
+            (
+                average_precision(values[known], inside[known]),
+                recall_in_quarter(rank, inside),
+                best_iou(values[known], inside[known]),
+                quarter_iou(rank, inside, known),
+            )
+        )
+    return {name: _mean(row[place] for row in rows) for place, name in enumerate(FOREGROUND_COLUMNS)}
 
 
 def _given(strata: np.ndarray, measure: Callable[[np.ndarray], float]) -> float:

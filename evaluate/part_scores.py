@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Integer, UInt8
 
-from evaluate.part_quality import Columns, ari, flip_agreement, score, shortcuts
+from evaluate.part_quality import Columns, areas, ari, flip_agreement, score, shortcuts
 from evaluate.truth import SHIFT, TruthSet, View
 from partlearn.label import Labeller
 
@@ -42,7 +42,10 @@ def score_labellers(
     for labeller, (here, there, flipped, left, right) in zip(labellers, seen, strict=True):
         held = {"flip_agreement": flip_agreement(here[0], flipped[0]), "shift_ari": shift_ari(left[0], right[0])}
         rows = [
-            {"view": name} | score(labels[0], labels[1], view.truth, view.images, labeller.groups) | held
+            {"view": name}
+            | score(labels[0], labels[1], view.truth, view.images, 1 + parts_of(labeller))
+            | held
+            | {"areas": areas(labels[0], 1 + parts_of(labeller))}
             for name, labels, view in (("centre", here, centre), ("off centre", there, off))
         ]
         told.append((rows, here[0]))
@@ -55,7 +58,7 @@ def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> li
         "centre": pictures.centre(size=size, grid=grid),
         "off centre": pictures.off_centre(size=size, grid=grid),
     }
-    nothing: Columns = {"flip_agreement": None, "shift_ari": None}
+    nothing: Columns = {"flip_agreement": None, "shift_ari": None, "areas": None}
     return [
         {"method": name, "view": view} | columns | nothing
         for view, shown in views.items()
@@ -66,16 +69,20 @@ def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> li
 def labels_of(
     labellers: Sequence[Labeller], images: UInt8[np.ndarray, "pictures side side 3"], advance: Advance
 ) -> list[Seen]:
-    """What each labeller says of the pictures."""
+    """What each labeller says of the pictures, in batches of like size: shuffled labels need a next picture."""
     pieces: list[list[Seen]] = [[] for _ in labellers]
-    for start in range(0, len(images), BATCH):
-        batch = torch.from_numpy(images[start : start + BATCH])
-        tokens = labellers[0].encoder(batch)
+    for batch in np.array_split(images, -(-len(images) // BATCH)):
+        tokens = labellers[0].encoder(torch.from_numpy(batch))
         for labeller, own in zip(labellers, pieces, strict=True):
             labels = labeller.of(tokens)
-            own.append((background_first(labels.parts, labeller.groups), labels.fgrank.astype(np.int64)))
+            own.append((background_first(labels.parts, 1 + parts_of(labeller)), labels.fgrank.astype(np.int64)))
         advance(len(batch))
     return [(np.concatenate([p for p, _ in own]), np.concatenate([r for _, r in own])) for own in pieces]
+
+
+def parts_of(labeller: Labeller) -> int:
+    """Parts there are; the background, where there is one, is one group more."""
+    return labeller.learner.shape.parts
 
 
 def background_first(

@@ -46,13 +46,15 @@ class ScorePartsConfig:
     images: tuple[str, ...]
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255)."""
     parts: tuple[str, ...] = ("heads", "kmeans-image", "regions", "grid")
-    """Run folders of part learners, or baselines: heads, kmeans-image, regions, grid, bands."""
-    encoder: str | None = None
-    """Frozen encoder of the baselines; a learner brings its own."""
-    encoder_block: int | None = None
-    """Block (from 0) whose tokens the baselines read; the last unless told."""
-    count: int = 6
-    """Parts of the baselines."""
+    """Run folders of part learners, or baselines: heads, heads-mass, kmeans-image, regions, grid, bands,
+    shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are compared with each other."""
+    encoder: tuple[str, ...] = ()
+    """Frozen encoders of the baselines, which are scored on every encoder x block x count; a learner brings its own.
+    Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
+    encoder_block: tuple[int, ...] = ()
+    """Blocks (from 0) whose tokens the baselines read; the last unless told."""
+    count: tuple[int, ...] = (6,)
+    """Parts of the baselines; those of heads have as many as there are heads. Example: --count 4 6 8."""
     grid: int = 28
     """Cells a side of the baselines' labels."""
     size: int = 224
@@ -60,13 +62,18 @@ class ScorePartsConfig:
     json: Path | None = None
     """Write the rows there as a JSON list."""
     sheet: Path | None = None
-    """Draw the first pictures of the first folder there (PNG): truth beside the labels of each method."""
+    """Draw the first pictures of the first folder there (PNG): truth beside the labels of each method, in the order of
+    the table; of more than eight methods, one PNG a method (NAME-METHOD.png)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the encoder runs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type of the encoder."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def __post_init__(self):
+        if not self.count or not 1 <= min(self.count) <= max(self.count) <= 255:
+            raise ValueError(f"count needs numbers between 1 and 255 (labels are bytes), got {self.count}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

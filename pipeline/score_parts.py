@@ -1,6 +1,11 @@
 """The verb `score-parts`: a table of labellers against the truth, with shortcuts in the same table, and a sheet."""
 
+import copy
 import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.part_quality import PART_COLUMNS
-from evaluate.part_scores import LABELLINGS, control_rows, score_labellers
+from evaluate.part_quality import FOREGROUND_COLUMNS, PART_COLUMNS
+from evaluate.part_scores import LABELLINGS, control_rows, parts_of, score_labellers
+from evaluate.stability import stability
 from evaluate.truth import TruthSet
+from partlearn.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
 from pipeline.sheet import ROWS, assemble, coloured, enlarged
@@ -19,7 +26,28 @@ from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.device import pick_device
 from training.progress import Progress
 
-COLUMNS = ("foreground_ap", "foreground_recall_quarter", *PART_COLUMNS, "shift_ari", "flip_agreement")
+COLUMNS = (*FOREGROUND_COLUMNS[:2], *PART_COLUMNS, "shift_ari", "flip_agreement", *FOREGROUND_COLUMNS[2:])
+ON_ONE_SHEET = 8
+"""Methods; of more, each has its own sheet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A run folder or a baseline, on its encoder."""
+
+    source: str
+    labeller: Labeller
+
+    @property
+    def name(self) -> str:
+        encoder = self.labeller.encoder.description
+        return f"{self.source} on {encoder['source']} block {encoder['block']} parts {parts_of(self.labeller)}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a learner was trained with; nothing of a baseline."""
+        file = Path(self.source) / "config.json"
+        return read_json(file) if self.source not in NAMES and file.is_file() else {}
 
 
 def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
@@ -27,107 +55,146 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.
-        ValueError: A baseline without an encoder.
+        ValueError: A baseline without an encoder; shuffled labels of a folder with one picture.
     """
     sets = {name: TruthSet(Path(name)) for name in config.images}
     pictures = sum(len(one.pictures) for one in sets.values())
-    labellers = {source: _labeller(config, source) for source in config.parts}
-    together = _on_one_encoder(labellers)
+    methods = [*_learners(config), *_baselines(config)]
+    together = _on_one_encoder(methods)
     progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "pictures")
     rows: list[dict[str, Any]] = []
-    seen: dict[str, np.ndarray] = {}
-    groups = config.count + 1
-    for sources in together:
+    seen: dict[str, dict[str, np.ndarray]] = {name: {} for name in sets}
+    for group in together:
         for name, truths in sets.items():
-            group = [labellers[source] for source in sources]
-            told = score_labellers(group, truths, size=config.size, advance=progress.advance)
-            for source, labeller, (columns, labels) in zip(sources, group, told, strict=True):
-                method = _method(source, labeller)
-                rows += [_row(name, method, labeller.groups - 1, _seed(source), one) for one in columns]
-                if name == config.images[0]:
-                    seen[method] = labels[:ROWS]
+            labellers = [method.labeller for method in group]
+            told = score_labellers(labellers, truths, size=config.size, advance=progress.advance)
+            for method, (columns, labels) in zip(group, told, strict=True):
+                parts, seed = parts_of(method.labeller), method.config.get("seed")
+                rows += [_row(name, method.name, parts, seed, one) for one in columns]
+                seen[name][method.name] = labels.astype(np.uint8)
     progress.close()
+    for name, labels in seen.items():
+        for twins in _twins(methods):
+            agreement = stability([labels[method] for method in twins])
+            for row in rows:
+                if row["set"] == name and row["method"] in twins:
+                    row["stability"] = agreement
     for name, truths in sets.items():
-        controls = control_rows(truths, size=config.size, grid=config.grid, groups=groups)
-        rows += [_row(name, one["method"], config.count, None, one) for one in controls]
+        rows += _controls(config, name, truths)
     if config.json:
         write_json(config.json, rows)
-    if config.sheet:
-        _draw(config, sets[config.images[0]], seen)
     _print(rows)
+    if config.sheet:
+        _draw(config.sheet, config, sets[config.images[0]], seen[config.images[0]])
     return rows
 
 
-def _on_one_encoder(labellers: dict[str, Labeller]) -> list[list[str]]:
-    """Sources whose labellers read the same block of the same encoder, which then has to look only once."""
-    groups: dict[str, list[str]] = {}
-    for source, labeller in labellers.items():
-        groups.setdefault(sha256_json(labeller.encoder.description), []).append(source)
+def _learners(config: ScorePartsConfig) -> Iterator[Method]:
+    options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
+    for source in dict.fromkeys(config.parts):
+        if source not in NAMES:
+            yield Method(source, Labeller(source, **options))
+
+
+def _baselines(config: ScorePartsConfig) -> Iterator[Method]:
+    """Each on every encoder, block and count; those of heads have no count. All on one block share the encoder."""
+    names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
+    options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
+    for encoder, block in product(config.encoder or (None,), config.encoder_block or (None,)) if names else ():
+        first = Labeller(names[0], encoder=encoder, grid=config.grid, block=block, **options)
+        for name in names:
+            for count in config.count[:1] if name in OF_HEADS else config.count:
+                yield Method(name, _also(first, name, count))
+
+
+def _also(labeller: Labeller, name: Any, count: int) -> Labeller:
+    """Another baseline on the encoder that a labeller has loaded, which takes seconds."""
+    other = copy.copy(labeller)
+    other.learner = Baseline(name, labeller.encoder, parts=count)
+    other.groups, other.sha256 = other.learner.shape.groups, other.learner.sha256
+    return other
+
+
+def _on_one_encoder(methods: Sequence[Method]) -> list[list[Method]]:
+    """Methods that read the same block of the same encoder, which then has to look only once."""
+    groups: dict[str, list[Method]] = {}
+    for method in methods:
+        groups.setdefault(sha256_json(method.labeller.encoder.description), []).append(method)
     return list(groups.values())
 
 
-def _labeller(config: ScorePartsConfig, source: str) -> Labeller:
-    baseline = not Path(source).exists()
-    return Labeller(
-        source,
-        encoder=config.encoder if baseline else None,
-        grid=config.grid if baseline else None,
-        block=config.encoder_block if baseline else None,
-        count=config.count,
-        device=pick_device(config.device),
-        precision=config.precision,
-    )
+def _twins(methods: Sequence[Method]) -> list[list[str]]:
+    """Names of runs that differ in their seed alone, and in where and how fast they were computed (`run`)."""
+    alike: dict[str, list[str]] = {}
+    for method in methods:
+        settings = {name: value for name, value in method.config.items() if name not in ("seed", "run")}
+        if settings:
+            alike.setdefault(sha256_json(settings), []).append(method.name)
+    return [names for names in alike.values() if len(names) > 1]
 
 
-def _method(source: str, labeller: Labeller) -> str:
-    encoder = labeller.encoder.description
-    return f"{source} on {encoder['source']} block {encoder['block']}"
-
-
-def _seed(source: str) -> int | None:
-    """The seed a learner was trained with; baselines have none."""
-    config = Path(source) / "config.json"
-    return read_json(config)["seed"] if config.is_file() else None
+def _controls(config: ScorePartsConfig, name: str, truths: TruthSet) -> list[dict[str, Any]]:
+    """What position and colour score; how many parts there are matters to bands alone."""
+    rows = []
+    for count in config.count:
+        for one in control_rows(truths, size=config.size, grid=config.grid, groups=count + 1):
+            if count == config.count[0]:
+                rows.append(_row(name, one["method"], count, None, one))
+            elif one["method"] == "bands":
+                rows.append(_row(name, f"bands parts {count}", count, None, one))
+    return rows
 
 
 def _row(set_: str, method: str, parts: int, seed: int | None, columns: dict[str, Any]) -> dict[str, Any]:
     row = {"set": set_, "method": method, "parts": parts, "seed": seed, "view": columns["view"]}
-    return row | {name: columns[name] for name in COLUMNS}
+    return row | {name: columns[name] for name in COLUMNS} | {"stability": None, "areas": columns["areas"]}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
     short = {"foreground_ap": "AP", "foreground_recall_quarter": "recall", "beyond_shortcut": "beyond"}
     short |= {"beyond_other": "beyond 2", "nmi_image": "nmi img", "ari_image": "ari img", "colour_nmi": "colour"}
     short |= {"bands_nmi": "bands", "parts_used": "used", "largest_share": "largest", "shift_ari": "shift"}
-    short |= {"flip_agreement": "flip"}
+    short |= {"flip_agreement": "flip", "foreground_iou_best": "IoU best", "foreground_iou_quarter": "IoU 1/4"}
+    shown = [name for name in (*COLUMNS, "stability") if any(row[name] is not None for row in rows)]
+    methods = short_names([row["method"] for row in rows])
     for name in dict.fromkeys(row["set"] for row in rows):
-        table = Table("method", "view", *(short.get(column, column) for column in COLUMNS), box=box.SIMPLE_HEAD)
+        table = Table("method", "view", *(short.get(column, column) for column in shown), box=box.SIMPLE_HEAD)
         for row in (row for row in rows if row["set"] == name):
-            figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in COLUMNS)
-            table.add_row(_short(row["method"]), row["view"], *figures)
-        Console(width=None if Console().is_terminal else 220).print(name, table)
+            figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in shown)
+            table.add_row(methods[row["method"]], row["view"], *figures)
+        Console(width=None if Console().is_terminal else 260).print(name, table)
 
 
-def _short(method: str) -> str:
-    """`heads on vit_small_patch14_dinov2 block 9`: no folders, no files of weights."""
-    source, on, encoder = method.partition(" on ")
-    name, block, number = encoder.partition(" block ")
-    plain = name.partition(":")[2].partition("=")[0].rpartition("/")[2]
-    return f"{source.rpartition('/')[2]}{on}{plain}{block}{number}"
+def short_names(methods: Sequence[str]) -> dict[str, str]:
+    """`heads on vit_small_patch14_dinov2 block 9 parts 6`: no folders and files of weights where two stay apart."""
+    names = {}
+    for method in dict.fromkeys(methods):
+        source, on, encoder = method.partition(" on ")
+        name, block, number = encoder.partition(" block ")
+        plain = name if name.startswith("random:") else name.partition(":")[2].partition("=")[0].rpartition("/")[2]
+        names[method] = f"{source.rpartition('/')[2]}{on}{plain}{block}{number}"
+    short = list(names.values())
+    return {method: name if short.count(name) == 1 else method for method, name in names.items()}
 
 
-def _draw(config: ScorePartsConfig, truths: TruthSet, seen: dict[str, np.ndarray]) -> None:
-    """Pictures, truth, and the labels of each method, in one PNG."""
-    assert config.sheet
+def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[str, np.ndarray]) -> None:
+    """Pictures, truth, and the labels of each method, in one PNG, or in one a method where they are many."""
     view = truths.centre(size=config.size, grid=config.grid)
     images, true = view.images[:ROWS].astype(np.float32), view.truth[:ROWS]
-    columns = [images, _tinted(images, np.where(true == 255, 0, true))]
-    columns += [_tinted(images, labels) for labels in seen.values()]
-    names = ["picture", "truth", *(method.partition(" on ")[0].rpartition("/")[2] for method in seen)]
-    buffer = io.BytesIO()
-    assemble(names, columns).save(buffer, "PNG")
-    config.sheet.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(config.sheet, buffer.getvalue())
+    both = [images, _tinted(images, np.where(true == 255, 0, true))]
+    sheets = {sheet: list(seen)}
+    if len(seen) > ON_ONE_SHEET:
+        sheets = {
+            sheet.with_stem(f"{sheet.stem}-{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)}"): [method]
+            for method, name in short_names(list(seen)).items()
+        }
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    for path, methods in sheets.items():
+        names = ["picture", "truth", *(method.partition(" on ")[0].rpartition("/")[2] for method in methods)]
+        columns = [*both, *(_tinted(images, seen[method][:ROWS]) for method in methods)]
+        buffer = io.BytesIO()
+        assemble(names, columns).save(buffer, "PNG")
+        write_whole(path, buffer.getvalue())
 
 
 def _tinted(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from reference.clustering import pair_ari, stepwise_ap, summed_nmi
 
 from evaluate.controls import bands, border_distance_rgb, cell_colours, centre_prior, colour_clusters, darkness
 from evaluate.part_quality import (
+    areas,
     ari,
     average_precision,
     beyond_shortcut,
@@ -105,6 +106,13 @@ def test_the_background_is_no_part():
     assert largest_share(parts[:1]) is None
 
 
+def test_areas_are_shares_of_the_cells_that_have_a_part():
+    parts = np.array([[[0, 0], [0, 3]], [[1, 1], [0, 1]]], dtype=np.uint8)
+
+    assert areas(parts, 4) == [3 / 4, 0, 1 / 4]
+    assert areas(np.zeros((1, 2, 2), dtype=np.uint8), 4) is None
+
+
 def test_mirrored_labels_of_the_mirror_image_agree_fully():
     parts = np.random.default_rng(0).integers(0, 5, (2, 6, 6))
 
@@ -183,16 +191,20 @@ def test_perfect_labels_score_one_and_the_columns_are_the_interfaces():
     columns = score(truth.astype(np.uint8), fgrank, truth, images, groups=4)
     controls = shortcuts(truth, images, groups=4)
 
-    wanted = "foreground_ap foreground_recall_quarter nmi ari nmi_image ari_image colour_nmi bands_nmi"
+    ranked = ["foreground_ap", "foreground_recall_quarter", "foreground_iou_best", "foreground_iou_quarter"]
+    agreeing = ["nmi", "ari", "nmi_image", "ari_image"]
     assert set(columns) == {
-        *wanted.split(),
+        *ranked,
+        *agreeing,
+        "colour_nmi",
+        "bands_nmi",
         "beyond_shortcut",
         "beyond_other",
         "parts_used",
         "largest_share",
         "speckle",
     }
-    for name in ("foreground_ap", "foreground_recall_quarter", "nmi", "ari", "nmi_image", "ari_image"):
+    for name in (*ranked, *agreeing):
         assert columns[name] == pytest.approx(1)
     assert columns["parts_used"] == 3
     assert all(set(row) == set(columns) for row in controls.values())
@@ -210,7 +222,8 @@ def test_unknown_cells_and_single_part_truth_are_left_out():
 
     columns = score(np.ones((2, 4, 4), dtype=np.uint8), fgrank, truth, images, groups=2)
 
-    assert columns["foreground_ap"] == 1
+    assert columns["foreground_ap"] == columns["foreground_iou_best"] == 1
+    assert columns["foreground_iou_quarter"] == 0
     assert columns["nmi"] is None
     assert columns["beyond_shortcut"] is None
 

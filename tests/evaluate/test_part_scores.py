@@ -1,22 +1,27 @@
 """`score-parts`: crops of picture and truth belong together, and the verb's rows are those that scripts rely on."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import small_parts
 from PIL import Image
 
 from evaluate.part_quality import beyond_other
-from evaluate.part_scores import shift_ari
+from evaluate.part_scores import BATCH, labels_of, shift_ari
 from evaluate.truth import TruthSet
+from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
-from pipeline.score_parts import score_parts
+from pipeline.score_parts import score_parts, short_names
 
 GRID = 8
 ROW = {"set", "method", "parts", "seed", "view", "foreground_ap", "foreground_recall_quarter", "beyond_shortcut"}
 ROW |= {"beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi", "shift_ari", "parts_used"}
-ROW |= {"largest_share", "speckle", "flip_agreement"}
+ROW |= {"largest_share", "speckle", "flip_agreement", "foreground_iou_best", "foreground_iou_quarter", "stability"}
+ROW |= {"areas"}
 
 
 @pytest.fixture
@@ -88,20 +93,17 @@ def test_beyond_other_knows_parts_from_what_all_pictures_share():
     assert beyond_other(truth, np.ones_like(truth), strata) is None
 
 
-def test_the_verb_scores_baselines_and_shortcuts_in_one_table(painted, tmp_path, capsys):
-    config = ScorePartsConfig(
-        images=(str(painted),),
-        parts=("heads", "grid"),
-        encoder="random:vit_tiny_patch16_224",
-        grid=GRID,
-        size=64,
-        json=tmp_path / "rows.json",
-        sheet=tmp_path / "sheet.png",
-        device="cpu",
-        precision="fp32",
-    )
+TINY = "random:vit_tiny_patch16_224"
 
-    rows = score_parts(config)
+
+def scored(painted: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Rows of the verb on the painted pictures."""
+    common: dict[str, Any] = {"encoder": (TINY,), "grid": GRID, "size": 64, "device": "cpu", "precision": "fp32"}
+    return score_parts(ScorePartsConfig(images=(str(painted),), **common | settings))
+
+
+def test_the_verb_scores_baselines_and_shortcuts_in_one_table(painted, tmp_path, capsys):
+    rows = scored(painted, parts=("heads", "grid"), json=tmp_path / "rows.json", sheet=tmp_path / "drawn" / "sheet.png")
 
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert all(set(row) == ROW for row in rows)
@@ -109,6 +111,110 @@ def test_the_verb_scores_baselines_and_shortcuts_in_one_table(painted, tmp_path,
     assert {row["method"] for row in rows[4:]} == {"bands", "colour", "centre", "darkness", "border_rgb"}
     assert {row["view"] for row in rows} == {"centre", "off centre"}
     assert rows[4]["bands_nmi"] is not None
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    assert [len(row["areas"]) for row in rows[:4]] == [3, 3, 6, 6]
+    assert all(sum(row["areas"]) == pytest.approx(1) for row in rows[:4])
+    assert rows[4]["areas"] is rows[0]["stability"] is None
+    with Image.open(tmp_path / "drawn/sheet.png") as sheet:
         assert sheet.width > 4 * 112
-    assert "heads on vit_tiny_patch16_224 block 11" in capsys.readouterr().out
+    assert "heads on random:vit_tiny_patch16_224 block 11 parts 3" in capsys.readouterr().out
+
+
+def test_baselines_stand_on_every_encoder_block_and_count_and_heads_have_no_count(painted, tmp_path):
+    encoders = (TINY, "random:deit_tiny_patch16_224")
+    rows = scored(
+        painted,
+        parts=("heads", "grid"),
+        encoder=encoders,
+        encoder_block=(3, 11),
+        count=(4, 6),
+        sheet=tmp_path / "sheet.png",
+    )
+
+    expected = [
+        f"{source} on {encoder} block {block} parts {parts}"
+        for encoder in encoders
+        for block in (3, 11)
+        for source, parts in (("heads", 3), ("grid", 4), ("grid", 6))
+    ]
+    assert [row["method"] for row in rows[:24:2]] == expected
+    assert [row["method"] for row in rows[24:]].count("bands parts 6") == 2
+    assert len(rows) == 24 + 2 * 6
+    drawn = {path.name for path in tmp_path.glob("sheet*.png")}
+    assert len(drawn) == 12
+    assert "sheet-grid-on-random-deit_tiny_patch16_224-block-3-parts-6.png" in drawn
+
+
+def test_a_score_is_the_same_alone_and_in_company(painted):
+    alone = scored(painted, parts=("kmeans-image",), encoder_block=(5,), count=(3,))
+    company = scored(painted, parts=("grid", "kmeans-image"), encoder_block=(5, 9), count=(2, 3))
+
+    method = f"kmeans-image on {TINY} block 5 parts 3"
+    assert [row for row in company if row["method"] == method] == [row for row in alone if row["method"] == method]
+
+
+def test_runs_that_differ_in_their_seed_alone_have_a_stability(painted, tmp_path, learned):
+    runs = [small_parts(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2)]
+    for run in runs:  # learned on equal pictures, in another folder
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"images": "photos"}))
+
+    rows = scored(painted, parts=(*map(str, runs), str(learned), "grid"), grid=4)
+
+    values = {row["method"].partition(" on ")[0]: row["stability"] for row in rows}
+    seeds = {row["method"].partition(" on ")[0]: row["seed"] for row in rows}
+    assert values[str(runs[0])] == values[str(runs[1])]
+    assert 0 < values[str(runs[0])] <= 1
+    assert values[str(learned)] is values["grid"] is None
+    assert [seeds[str(run)] for run in (*runs, learned)] == [1, 2, 0]
+
+
+def test_a_run_beside_its_copy_is_fully_stable(painted, tmp_path, learned):
+    shutil.copytree(learned, tmp_path / "copy")
+
+    rows = scored(painted, parts=(str(learned), str(tmp_path / "copy")))
+
+    assert [row["stability"] for row in rows[:4]] == [1, 1, 1, 1]
+
+
+def test_no_part_of_a_learner_without_a_background_is_taken_for_one(painted, tmp_path):
+    run = small_parts(tmp_path / "parts", background=False, where="everywhere")
+
+    rows = scored(painted, parts=(str(run),))
+
+    assert (rows[0]["parts"], len(rows[0]["areas"])) == (3, 3)
+    assert all(share > 0 for share in rows[0]["areas"])
+
+
+def test_shuffled_labels_are_those_of_the_next_picture_and_no_batch_has_one_alone():
+    images = np.random.default_rng(0).integers(0, 256, (BATCH + 1, 64, 64, 3), dtype=np.uint8)
+    labellers = [Labeller(name, encoder=TINY, grid=4, precision="fp32") for name in ("heads", "shuffled-heads")]
+
+    (own, _), (shuffled, _) = labels_of(labellers, images, lambda count: None)
+
+    assert len(shuffled) == BATCH + 1
+    assert np.array_equal(shuffled[0], own[1])
+    assert np.array_equal(shuffled[-2], own[-1])
+
+
+def test_names_in_the_table_are_short_where_that_tells_methods_apart():
+    ends = (" block 9 parts 6", " block 11 parts 6")
+    dino, same = "heads on timm:vit=/a/dino.pth", "heads on timm:vit=/b/other.pth"
+
+    short = short_names(
+        [f"{dino}{ends[0]}", f"{dino}{ends[1]}", f"{same}{ends[1]}", f"heads on random:vit{ends[0]}", "bands"]
+    )
+
+    assert list(short.values()) == [
+        "heads on vit block 9 parts 6",
+        f"{dino}{ends[1]}",
+        f"{same}{ends[1]}",
+        "heads on random:vit block 9 parts 6",
+        "bands",
+    ]
+
+
+def test_baselines_without_an_encoder_or_without_a_count_are_a_sentence(painted):
+    with pytest.raises(ValueError, match="the baseline heads needs an --encoder"):
+        scored(painted, parts=("heads",), encoder=())
+    with pytest.raises(ValueError, match="count needs numbers between 1 and 255"):
+        scored(painted, parts=("grid",), count=())
