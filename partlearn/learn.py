@@ -72,10 +72,8 @@ def _train(
         device=device,
         precision=config.run.precision,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        learner = PartLearner(_shape(config, encoder)).to(device)
-    optimiser = torch.optim.AdamW(_decayed(learner), lr=config.lr, betas=(0.9, 0.99))
+    learner = new_learner(config, encoder).to(device)
+    optimiser = new_optimiser(learner, config)
     step, resumed = 0, checkpoint.newest(run.path)
     if resumed:
         learner.load_state_dict(checkpoint.load_tensors(resumed / "model.safetensors")[0])
@@ -100,16 +98,7 @@ def _train(
             group["lr"] = learning_rate(
                 step, peak=config.lr, warmup_steps=min(500, config.updates // 10), total_steps=config.updates
             )
-        loss, parts_of_loss, maps, cells = _loss(learner, config, encoder, next(batches))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {step}; lower --lr or use --precision fp32"
-            )
-        optimiser.zero_grad()
-        loss.backward()
-        distributed.average_gradients(learner.parameters())
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimiser.step()
+        loss, parts_of_loss, maps, cells = train_step(learner, optimiser, config, encoder, next(batches))
         if step % LOG_EVERY == 0 or step == config.updates - 1:
             ours = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
             mean = distributed.mean(torch.tensor(list(ours.values()), device=device))
@@ -133,6 +122,25 @@ def _train(
         run.finish(report)
     distributed.barrier()
     return report
+
+
+def train_step(
+    learner: PartLearner, optimiser: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: View
+) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
+    """One update from this rank's block of the batch; returns what `_loss` does.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the weights are as they were.
+    """
+    outcome = _loss(learner, config, encoder, view)
+    if not torch.isfinite(outcome[0]):
+        raise FloatingPointError(f"the loss became {outcome[0].item()}; lower --lr or use --precision fp32")
+    optimiser.zero_grad()
+    outcome[0].backward()
+    distributed.average_gradients(learner.parameters())
+    torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+    optimiser.step()
+    return outcome
 
 
 def _loss(
@@ -172,8 +180,9 @@ def _start_health(learner: PartLearner, view: View) -> dict[str, float]:
     return health(part_maps(learner.read(view.tokens, cells)[0], learner.shape.softmax, cells), cells)
 
 
-def _shape(config: LearnConfig, encoder: Encoder) -> LearnerShape:
-    return LearnerShape(
+def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
+    """A learner for the encoder's tokens, its weights drawn from the seed; see `start`."""
+    shape = LearnerShape(
         dim=encoder.dim,
         width=min(config.whiten, encoder.dim) if config.relative else encoder.dim,
         heads=encoder.heads,
@@ -189,13 +198,17 @@ def _shape(config: LearnConfig, encoder: Encoder) -> LearnerShape:
         target=config.target,
         decoder_size=config.decoder_size,
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return PartLearner(shape)
 
 
-def _decayed(learner: PartLearner) -> list[dict[str, Any]]:
-    """Weight decay 0.01 on matrices, none on biases, scales and prototypes."""
+def new_optimiser(learner: PartLearner, config: LearnConfig) -> torch.optim.AdamW:
+    """AdamW with a weight decay of 0.01 on matrices, none on biases, scales and prototypes."""
     matrices = [p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(("bias", "prototypes"))]
     others = [p for n, p in learner.named_parameters() if p.ndim <= 1 or n.endswith(("bias", "prototypes"))]
-    return [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
 
 
 def _save(

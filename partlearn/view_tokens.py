@@ -1,7 +1,7 @@
 """Pictures as the part learner sees them: random crops, encoded once and kept, or afresh every step."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Views:
         """Views before they come again, or pictures where every crop is fresh."""
         return max(1, self.config.views) * len(self.pictures.pictures)
 
-    def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Iterator[View]:
+    def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[View, None, None]:
         """Batches from `step` on, for ever; a pure function of the config and the pictures. Of several ranks, each
         gets its block of every batch."""
         if not self.config.views:
@@ -64,7 +64,7 @@ def _cropped(
     step: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[View]:
+) -> Generator[View, None, None]:
     """Random resized crops and flips, drawn for the whole batch from (seed, step); a rank's block of them."""
     first, last = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
     batches = PictureBatches(
@@ -90,7 +90,7 @@ def _cropped(
         batches.close()
 
 
-def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Iterator[View]:
+def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Generator[View, None, None]:
     """Draws from the kept crops; every one comes once an epoch."""
     count, epoch = len(store.pixels), -1
     order = torch.empty(0, dtype=torch.int64)

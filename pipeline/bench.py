@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.extract import bench_extract
+from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
 from benchmarks.rounds import Report, verdict
 from pipeline.config import BenchConfig
@@ -35,6 +36,9 @@ def bench(config: BenchConfig) -> Report:
     images = config.images or _creatures(config.out / "creatures")
     if config.name == "loader":
         report = bench_loader(images, out=config.out, minutes=config.minutes, most=config.pictures)
+    elif config.name == "learn":
+        run = RunConfig(out=config.out, device=config.device, threads=config.threads)
+        report = bench_learn(images, minutes=config.minutes, run=run)
     else:
         report = bench_extract(
             images,

@@ -104,7 +104,7 @@ def probe(config: Annotated[ProbeConfig, Plain]) -> None:
 
 
 def bench(config: Annotated[BenchConfig, Plain]) -> None:
-    """Measure this machine: `loader` or `extract`, interleaved rounds, medians and quartiles.
+    """Measure this machine: `loader`, `extract` or `learn`, interleaved rounds, medians and quartiles.
 
     Blocks of time that other processes disturbed are not counted. Examples:
       semmae bench loader --images photos/

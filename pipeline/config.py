@@ -80,8 +80,9 @@ class ScorePartsConfig:
 class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 
-    name: Positional[Literal["loader", "extract"]]
-    """loader: pictures a second of the stream and of others; extract: share of labelling outside the models."""
+    name: Positional[Literal["loader", "extract", "learn"]]
+    """loader: pictures a second of the stream and of others; extract: share of labelling outside the models;
+    learn: a step of the part learner over the encoder's bare forward."""
     images: str | None = None
     """Pictures; without them, procedural creatures are drawn into --out."""
     parts: Path | None = None

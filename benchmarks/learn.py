@@ -1,0 +1,68 @@
+"""What a step of the part learner costs beside the encoder's bare forward, in its literal form, on the same batch."""
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+
+from benchmarks.prepared import some_pictures
+from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, summary
+from partlearn.config import LearnConfig
+from partlearn.encoders import load_encoder
+from partlearn.learn import new_learner, new_optimiser, train_step
+from partlearn.start import start
+from partlearn.view_tokens import View, Views
+from training.config import RunConfig
+from training.device import pick_device
+
+ENCODER, GRID, BATCH = "random:vit_small_patch16_224", 28, 8
+BARS = {"encoder_forward/step_fresh": ("<=", 1.7), "encoder_forward/step_cached": ("<=", 0.6)}
+"""Images a second over images a second: how many bare forwards a step takes."""
+
+
+def bench_learn(images: str, *, minutes: float, run: RunConfig) -> Report:
+    """Measure steps of `learn-parts --paper` with a target of 112 px: on fresh crops, and on tokens kept in memory.
+
+    Raises:
+        FileNotFoundError: There are no such pictures.
+    """
+    pictures = some_pictures(images, BATCH)
+    device = pick_device(run.device)
+    encoder = load_encoder(ENCODER, grid=GRID, device=device, precision=run.precision)
+    config = LearnConfig(images=images, encoder=ENCODER, grid=GRID, paper=True, views=0, batch_size=BATCH, run=run)
+    learner = new_learner(config, encoder).to(device)
+    optimiser = new_optimiser(learner, config)
+    views = Views(config, encoder, pictures)
+    start(learner, config, encoder, views)
+    with closing(views.batches(step=0)) as batches:
+        view = next(batches)
+
+    def step(seen: View) -> None:
+        train_step(learner, optimiser, config, encoder, seen)
+
+    cases = [
+        Case("encoder_forward", _repeated(lambda: encoder(view.pixels))),
+        Case("step_fresh", _repeated(lambda: step(View(view.pixels, encoder(view.pixels))))),
+        Case("step_cached", _repeated(lambda: step(view))),
+    ]
+    pairs = [("encoder_forward", "step_fresh"), ("encoder_forward", "step_cached")]
+    blocks = interleaved(cases, pairs=pairs, minutes=minutes, what="bench learn")
+    rows = [summary(case.name, case.unit, blocks[case.name]) for case in cases]
+    rows += [summary(f"{over}/{under}", "ratio", ratios(blocks[over], blocks[under])) for over, under in pairs]
+    caption = (
+        f"learn-parts --paper on {ENCODER}, {encoder.size} px, {BATCH} pictures a step, target 112 px, on {device}, "
+        f"one core. A ratio counts the bare forwards that a step takes. {gate_in_words()}"
+    )
+    return Report(rows, BARS, caption)
+
+
+def _repeated(call: Callable[[], object]) -> Callable[[float], int]:
+    """One call a block: it takes longer than a block should."""
+
+    def once(_: float) -> int:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return BATCH
+
+    return once
