@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from partlearn.encoders import Encoder, Tokens
-from partlearn.foreground import Scorer, foreground_rank, foreground_score, inside
+from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
 from partlearn.kmeans import spherical_kmeans
 from partlearn.parts import centred_tokens
 from shards.atomic import sha256_json
@@ -46,7 +46,7 @@ class Baseline:
     heads: the head of the last block that attends most to a cell; as many parts as heads. kmeans-image: k-means on
     the picture's own relative tokens; a label means nothing in the next picture. regions: compact random regions, the
     cells nearest to random foreground cells. grid, bands: rectangles and stripes of the whole picture. All of them
-    leave out the background, as the learner does: cells beyond `foreground_share` of the encoder's foreground rank.
+    leave out the background, as the learner does: cells that are not the object by the encoder's foreground score.
 
     heads-mass: the rival of the paper's Table 4. Each head keeps the cells that hold MASS of its attention, a cell goes
     to the head that attends most to it among those that keep it; the background is what no head keeps.
@@ -62,7 +62,7 @@ class Baseline:
         *,
         parts: int,
         foreground: Scorer = "border",
-        foreground_share: float = 0.35,
+        foreground_share: float | None = None,
     ):
         self.name, self.foreground, self.foreground_share = name, foreground, foreground_share
         self.shape = BaselineShape(encoder.grid, encoder.heads if name in OF_HEADS else parts)
@@ -87,10 +87,11 @@ class Baseline:
         Raises:
             ValueError: A shuffled baseline was given one picture alone.
         """
-        rank = foreground_rank(foreground_score(tokens, self.foreground))
+        score = foreground_score(tokens, self.foreground)
+        rank = foreground_rank(score)
         if self.name == "heads-mass":
             return heads_by_mass(tokens.class_attention), rank
-        cells = inside(rank, self.foreground_share)
+        cells = object_cells(score, self.foreground_share)
         parts = self._inside(tokens, rank, cells).masked_fill(~cells, self.shape.parts)
         if not self.name.startswith("shuffled-"):
             return parts, rank

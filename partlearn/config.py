@@ -100,8 +100,8 @@ class LearnConfig:
     --target, --where, --init, --softmax, --relative and --background."""
     background: bool = True
     """One more label, for cells outside the foreground."""
-    foreground_share: float = 0.35
-    """Share of a picture's cells that counts as foreground, the best in the foreground rank."""
+    foreground_share: float | None = None
+    """Share of a picture's cells that counts as foreground; unless told, Otsu's threshold decides in each picture."""
     foreground: Literal["border", "component", "cut", "attention", "maps"] = "border"
     """What ranks the foreground: distance of tokens to the border's mean, their first principal component, a normalised
     cut of their graph, class attention, or the learned maps."""
@@ -142,7 +142,7 @@ class LearnConfig:
             object.__setattr__(self, name, value)
         if not 2 <= self.parts <= 255:
             raise ValueError(f"parts must lie between 2 and 255 (labels are bytes), got {self.parts}")
-        if not 0 < self.foreground_share <= 1:
+        if self.foreground_share is not None and not 0 < self.foreground_share <= 1:
             raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
         if self.grid > 256:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")

@@ -12,6 +12,8 @@ from partlearn.encoders import Tokens
 Scorer = Literal["border", "component", "cut", "attention"]
 LINKED = 0.2
 """Least cosine of two cells that the cut's graph links, as in TokenCut."""
+LEAST, MOST = 0.1, 0.6
+"""Shares of the cells between which an object's size may lie."""
 KEPT = 0.25
 """Share of the cells that masking takes for the object, where confidence is asked for."""
 
@@ -75,6 +77,28 @@ def foreground_rank(score: Float[Tensor, "batch patches"]) -> Int64[Tensor, "bat
 def inside(rank: Int64[Tensor, "batch patches"], share: float) -> Bool[Tensor, "batch patches"]:
     """The best `share` of the cells, at least one."""
     return rank < max(1, round(share * rank.shape[1]))
+
+
+def object_cells(score: Float[Tensor, "batch patches"], share: float | None) -> Bool[Tensor, "batch patches"]:
+    """The object: the best `share` of the cells, or, without one, those above the picture's own threshold (`otsu`)."""
+    rank = foreground_rank(score)
+    return rank < otsu(score)[:, None] if share is None else inside(rank, share)
+
+
+def otsu(score: Float[Tensor, "batch patches"]) -> Int64[Tensor, " batch"]:
+    """How many cells lie above the threshold that leaves most variance between the two groups (Otsu 1979): the k, from
+    LEAST to MOST of the P cells, that maximises k (P - k) (mean of the best k - mean of the rest)².
+
+    Objects are of different sizes: against a fixed 35 %, the IoU with the true object rises from .72 to .86 on people
+    and from .57 to .63 on cars, and labels of two crops of a photograph agree better (partlearn/RESULTS.md).
+    """
+    ordered = score.sort(dim=1, descending=True).values
+    cells = score.shape[1]
+    count = torch.arange(1, cells, device=score.device)
+    above, total = ordered.cumsum(dim=1)[:, :-1], ordered.sum(dim=1, keepdim=True)
+    between = count * (cells - count) * (above / count - (total - above) / (cells - count)).square()
+    allowed = (count >= max(1, round(LEAST * cells))) & (count <= max(1, round(MOST * cells)))
+    return count[between.masked_fill(~allowed, -1.0).argmax(dim=1)]
 
 
 def confidence(

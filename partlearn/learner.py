@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from partlearn.affinity import diffused
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.encoders import Tokens
-from partlearn.foreground import Scorer, foreground_rank, foreground_score, inside
+from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
 from partlearn.parts import PartAttention, Softmax, balanced, part_maps, relative_tokens
 from training.checkpoint import CheckpointError, find, load_tensors
 
@@ -29,7 +29,7 @@ class LearnerShape:
     parts: int
     background: bool
     foreground: Scorer | Literal["maps"]
-    foreground_share: float
+    foreground_share: float | None
     where: Literal["foreground", "everywhere"]
     relative: bool
     diffusion: int
@@ -61,7 +61,7 @@ class PartLearner(nn.Module):
         """The cells parts are learned on."""
         if self.shape.where == "everywhere":
             return torch.ones(tokens.patch_tokens.shape[:2], dtype=torch.bool, device=tokens.patch_tokens.device)
-        return inside(foreground_rank(self._score(tokens, None)), self.shape.foreground_share)
+        return object_cells(self._score(tokens, None), self.shape.foreground_share)
 
     def read(
         self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]
@@ -84,10 +84,10 @@ class PartLearner(nn.Module):
         cells = self.learned_cells(tokens)
         logits, _ = self.read(tokens, cells)
         parts = balanced(logits, self.shape.softmax, cells).argmax(dim=1)
-        rank = foreground_rank(self._score(tokens, part_maps(logits, self.shape.softmax, cells)))
+        score = self._score(tokens, part_maps(logits, self.shape.softmax, cells))
         if self.shape.background:
-            parts = parts.masked_fill(~inside(rank, self.shape.foreground_share), self.shape.parts)
-        return parts, rank
+            parts = parts.masked_fill(~object_cells(score, self.shape.foreground_share), self.shape.parts)
+        return parts, foreground_rank(score)
 
     def _score(
         self, tokens: Tokens, maps: Float[Tensor, "batch parts patches"] | None

@@ -50,7 +50,10 @@ def test_labels_are_parts_on_the_best_cells_and_background_beyond(name, encoder,
 
     background = baseline.shape.parts
     assert baseline.shape.groups == background + 1
-    assert ((parts == background) == (rank >= round(0.35 * GRID**2))).all()
+    object_cells = (parts < background).sum(dim=1, keepdim=True)
+    assert ((parts == background) == (rank >= object_cells)).all()
+    assert (object_cells >= round(0.1 * GRID**2)).all()
+    assert (object_cells <= round(0.6 * GRID**2)).all()
     assert (parts >= 0).all()
     assert torch.equal(parts, baseline.label(tokens)[0])
 

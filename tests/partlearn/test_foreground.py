@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from partlearn.encoders import Tokens
@@ -12,6 +14,8 @@ from partlearn.foreground import (
     foreground_rank,
     foreground_score,
     normalised_cut,
+    object_cells,
+    otsu,
 )
 
 SIDE, DIM = 12, 16
@@ -60,6 +64,31 @@ def test_the_component_explains_the_most_variance():
     along = first_component(tokens.patch_tokens)[0]
 
     assert along.square().sum() == pytest.approx(torch.linalg.svdvals(unit - unit.mean(0))[0].item() ** 2, rel=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 20), min_size=10, max_size=40))
+def test_otsu_leaves_the_most_variance_between_the_groups(values):
+    """The slow twin: every threshold, means computed anew."""
+    score = torch.tensor([values], dtype=torch.float64)
+    ordered, cells = sorted(values, reverse=True), len(values)
+
+    def between(k: int) -> float:
+        best, rest = ordered[:k], ordered[k:]
+        return k * (cells - k) * (sum(best) / k - sum(rest) / (cells - k)) ** 2
+
+    allowed = [k for k in range(1, cells) if round(0.1 * cells) <= k <= round(0.6 * cells)]
+    assert between(int(otsu(score.float()))) == pytest.approx(max(map(between, allowed)), rel=1e-4, abs=1e-4)
+
+
+def test_the_object_is_found_whatever_its_size():
+    for side in (4, 6, 8):
+        cells = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+        cells[1 : 1 + side, 2 : 2 + side] = True
+        score = cells.float() + 0.2 * torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(side))
+
+        assert torch.equal(object_cells(score.reshape(1, -1), None)[0], cells.flatten())
+        assert object_cells(score.reshape(1, -1), 0.25).sum() == 36
 
 
 def test_confidence_falls_with_the_object():

@@ -56,7 +56,7 @@ def test_training_lowers_what_it_minimises_and_logs_its_health(changes, photos, 
 
 
 def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
-    learn(config(photos, tmp_path / "run"))
+    learn(config(photos, tmp_path / "run", foreground_share=0.35))
     labeller = Labeller(tmp_path / "run", precision="fp32")
 
     labels = labeller(np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3)).astype(np.uint8))
