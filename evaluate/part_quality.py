@@ -17,9 +17,9 @@ from evaluate.controls import (
     darkness,
 )
 from evaluate.foreground_iou import at_thresholds, best_iou, quarter_iou
+from shards.truth import UNKNOWN
 
 BANDS, STRATUM_BANDS, PERMUTATIONS = 6, 4, 10
-UNKNOWN = 255
 OTHER_PICTURES = 3
 PART_COLUMNS = ("beyond_shortcut", "beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi")
 PART_COLUMNS += ("parts_used", "largest_share", "speckle")
@@ -206,24 +206,6 @@ def flip_agreement(
 ) -> float:
     """Share of cells with the same label in a picture and, mirrored back, in its mirror image."""
     return float((parts == of_mirrored[:, :, ::-1]).mean())
-
-
-def cells_of(label_map: Integer[np.ndarray, "height width"], grid: int) -> Int[np.ndarray, "grid grid"]:
-    """The commonest label among a cell's pixels, of equals the lowest; pixel y is in row y · grid // height.
-
-    Raises:
-        ValueError: The map has fewer pixels than cells along a side.
-    """
-    height, width = label_map.shape
-    if min(height, width) < grid:
-        raise ValueError(f"a label map must have at least {grid} pixels a side for its grid, got {width}x{height}")
-    values, index = np.unique(label_map, return_inverse=True)
-    rows, cols = np.arange(height) * grid // height, np.arange(width) * grid // width
-    cell = rows[:, None] * grid + cols
-    counts = np.bincount(
-        (cell * len(values) + index.reshape(height, width)).ravel(), minlength=grid * grid * len(values)
-    )
-    return values[counts.reshape(grid, grid, len(values)).argmax(axis=2)].astype(np.int64)
 
 
 def foreground_cells(

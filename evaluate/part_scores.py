@@ -17,6 +17,8 @@ LABELLINGS = 5
 Advance = Callable[[int], None]
 Seen = tuple[np.ndarray, np.ndarray]
 """Labels, the background as 0 where there is one, and foreground ranks: both [pictures, grid, grid]."""
+Below = tuple[dict[str, Any], float]
+"""A row, and the foreground AP of the centre prior that it fails to reach."""
 
 
 def score_labellers(
@@ -64,6 +66,16 @@ def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> li
         for view, shown in views.items()
         for name, columns in shortcuts(shown.truth, shown.images, groups).items()
     ]
+
+
+def below_centre(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[Below]:
+    """The rows whose foreground ranks worse, by AP, than closeness to the centre does in the same set and view.
+
+    Where all is foreground every rank has AP 1, and a row of 1 - 1e-16 is not told of.
+    """
+    centre = {(row["set"], row["view"]): row["foreground_ap"] for row in controls if row["method"] == "centre"}
+    pairs = [(row, row["foreground_ap"], centre[row["set"], row["view"]]) for row in rows]
+    return [(row, prior) for row, own, prior in pairs if None not in (own, prior) and own < prior - 1e-6]
 
 
 def labels_of(

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from evaluate.part_quality import cells_of
 from shards.pictures import decode_rgb, list_pictures, read_bytes
+from shards.truth import TruthFiles, cells_of
 
 SHIFTED, SHIFT = 0.8, 0.25
 """The shift test's crops: their side over the picture's short side, and their distance over their side."""
@@ -46,13 +46,8 @@ class TruthSet:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.only_masks = not (folder / "labels").is_dir()
         self.pictures = list_pictures(folder).pictures
-        truths = folder / ("masks" if self.only_masks else "labels")
-        self._truth = [truths / PurePosixPath(picture.name).with_suffix(".png") for picture in self.pictures]
-        missing = [path for path in self._truth if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} is missing: every picture needs its truth in {truths}")
+        self._truth = TruthFiles(folder, [picture.name for picture in self.pictures])
 
     def centre(self, *, size: int, grid: int) -> View:
         """The centre square of the short side, as extraction stores it."""
@@ -80,13 +75,10 @@ class TruthSet:
         return View(np.stack(pixels), np.stack(cells))
 
     def _crops(self, crop_of, size: int, grid: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for index, (picture, path) in enumerate(zip(self.pictures, self._truth, strict=True)):
+        for index, picture in enumerate(self.pictures):
             image = decode_rgb(read_bytes(picture))
             crop = crop_of(*image.size, index)
-            with Image.open(path) as labels:
-                true = np.asarray(labels)[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side]
-            if self.only_masks:
-                true = (true > 127).astype(np.uint8)
+            true = self._truth.read(picture.name)[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side]
             resized = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box)
             yield np.asarray(resized), cells_of(true, grid)
 

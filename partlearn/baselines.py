@@ -3,6 +3,7 @@
 `kmeans` is not here: it is a part learner that takes no step (`learn-parts --steps 0`), its queries k-means centres.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -121,6 +122,23 @@ class Baseline:
         high = parts // wide
         whole = (rows * high // grid) * wide + cols * wide // grid
         return whole.flatten().expand_as(rank).to(rank.device)
+
+
+def refuse_lone_pictures(name: str, shard_sizes: Sequence[int], batch_size: int) -> None:
+    """Before a build: batches never straddle shards, and shuffled labels are those of the next picture of the batch.
+
+    Raises:
+        ValueError: `name` is shuffled, and a shard would begin or end with a batch of one picture.
+    """
+    if not name.startswith("shuffled-"):
+        return
+    for number, size in enumerate(shard_sizes):
+        if size % batch_size == 1 or batch_size == 1:
+            raise ValueError(
+                f"{name} takes the labels of the next picture of the batch, but shard {number}, {size} pictures in "
+                f"batches of {batch_size}, would have a batch of one; choose another "
+                f"{'--samples-per-shard' if size == 1 else '--batch-size'}"
+            )
 
 
 def heads_by_mass(attention: Float[Tensor, "batch heads patches"]) -> Int64[Tensor, "batch patches"]:

@@ -10,12 +10,15 @@ import numpy as np
 from partlearn.config import ExtractConfig
 from partlearn.label import Labeller
 from partlearn.sources import Load, Source, Stored
+from partlearn.true_parts import TruthLabeller
 from shards.sample import LabelledPicture, Rejected
 from shards.writer import write_shard
 
+AnyLabeller = Labeller | TruthLabeller
+
 
 def build_shard(
-    number: int, *, source: Source, labeller: Labeller, config: ExtractConfig, plan_digest: str
+    number: int, *, source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
 ) -> dict[str, Any]:
     """Label slice `number` of the source, commit it as one shard, and return its sidecar.
 
@@ -35,7 +38,7 @@ def build_shard(
 
 
 def _labelled(
-    loads: list[Load], labeller: Labeller, config: ExtractConfig, rejected: list[Rejected]
+    loads: list[Load], labeller: AnyLabeller, config: ExtractConfig, rejected: list[Rejected]
 ) -> Iterator[LabelledPicture]:
     """Batches of a shard's own pictures, in order; what cannot be read goes to `rejected`."""
     with ThreadPoolExecutor(config.run.threads) as pool:
@@ -52,10 +55,13 @@ def _labelled(
             waiting = following
 
 
-def _label(batch: list[Stored], labeller: Labeller) -> Iterator[LabelledPicture]:
+def _label(batch: list[Stored], labeller: AnyLabeller) -> Iterator[LabelledPicture]:
     if not batch:
         return
-    labels = labeller(np.stack([stored.pixels for stored in batch]))
+    if isinstance(labeller, TruthLabeller):
+        labels = labeller(batch)
+    else:
+        labels = labeller(np.stack([stored.pixels for stored in batch]))
     for place, stored in enumerate(batch):
         yield LabelledPicture(
             key=stored.key,

@@ -79,6 +79,8 @@ PAPER = {
     "target": "pixels",
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
+TRUTH = "truth"
+"""What `extract --parts` calls the part maps that people drew (`partlearn/true_parts.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +187,8 @@ class ExtractConfig:
     """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
     parts: Path
     """Run folder of a part learner (`learn-parts`), or a baseline: heads, heads-mass, kmeans-image, regions, grid,
-    bands, shuffled-heads, shuffled-kmeans-image."""
+    bands, shuffled-heads, shuffled-kmeans-image; or truth: FOLDER/labels/NAME.png (part ids, 0 = background, 255 =
+    unknown) or FOLDER/masks/NAME.png (0, 255) beside FOLDER/images/NAME.jpg."""
     encoder: str | None = None
     """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
     encoder_block: int | None = None
@@ -197,7 +200,7 @@ class ExtractConfig:
     quality: int = 90
     """Quality of the stored JPEG."""
     grid: int | None = None
-    """Cells a side of the labels; the part learner's own unless told."""
+    """Cells a side of the labels; unless told, the part learner's own, and 28 of baselines and truth."""
     attention: bool = False
     """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and picture."""
     samples_per_shard: int = 2048
@@ -221,6 +224,10 @@ class ExtractConfig:
     def __post_init__(self):
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (pictures) or --relabel (a shard set), and not both")
+        if str(self.parts) == TRUTH and (self.attention or self.encoder or self.encoder_block is not None):
+            raise ValueError(
+                "--parts truth looks through no encoder; leave out --attention, --encoder and --encoder-block"
+            )
         if self.size < 16:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.weights import fingerprint, read_run, read_weights, resize_positions
+from partlearn.architecture import ViT, checked, class_attention, embed
+from partlearn.weights import fingerprint, load_strictly, numbers_of, patch_of, read_run, read_weights
 from training.checkpoint import CheckpointError
 from training.device import autocast
 
@@ -29,9 +30,9 @@ class Tokens:
     patch_tokens: Float[Tensor, "batch patches dim"]
     """After the final norm."""
     block_tokens: Float[Tensor, "batch tokens dim"]
-    """Class token, then patches, as the chosen block reads them: after its first norm."""
+    """Class token, then patches (registers dropped), as the chosen block reads them: after its first norm."""
     class_attention: Float[Tensor, "batch heads patches"]
-    """The class token's attention in the last block; a row sums to less than 1, the class token keeps the rest."""
+    """The class token's attention in the last block; a row sums to less than 1, the prefix tokens keep the rest."""
 
 
 class Encoder:
@@ -39,7 +40,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: ViT,
         *,
         source: str,
         size: int,
@@ -54,7 +55,7 @@ class Encoder:
         self.dim, self.depth = model.embed_dim, len(model.blocks)
         self.blocks: list[Any] = list(model.blocks)
         self.heads = self.blocks[-1].attn.num_heads
-        self.patch = model.patch_embed.patch_size[0]
+        self.patch = int(model.patch_embed.patch_size[0])
         self.size, self.grid = size, size // self.patch
         self.block = self.depth - 1 if block is None else block
         if not 0 <= self.block < self.depth:
@@ -94,40 +95,24 @@ class Encoder:
         ids_keep: Int64[Tensor, "batch kept"] | None = None,
     ) -> Tokens:
         """Tokens of a batch; with `ids_keep`, of those patches alone (the model then sees no others)."""
-        model = self.model
-        prefix = model.num_prefix_tokens
+        prefix = self.model.num_prefix_tokens
+        ids_keep = None if ids_keep is None else ids_keep.to(self.device)
         with autocast(self.device, self.precision):
-            x = model._pos_embed(model.patch_embed(self.normalised(images)))
-            if ids_keep is not None:
-                index = ids_keep.to(self.device)[..., None].expand(-1, -1, x.shape[-1])
-                x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
-            x = model.norm_pre(x)
+            x, rotations = embed(self.model, self.normalised(images), ids_keep)
             seen = attention = x
-            for number, block in enumerate(self.blocks):
+            for number, (block, rotation) in enumerate(zip(self.blocks, rotations, strict=True)):
                 if number == self.block:
                     seen = block.norm1(x)
                 if number == self.depth - 1:
-                    attention = class_attention(block.attn, block.norm1(x))
-                x = block(x)
-            x = model.norm(x)
+                    attention = class_attention(block.attn, block.norm1(x), rotation)
+                x = block(x) if rotation is None else block(x, rope=rotation)  # timm's plain blocks take no rope
+            x = self.model.norm(x)
         return Tokens(
             class_token=x[:, 0].float(),
             patch_tokens=x[:, prefix:].float(),
             block_tokens=torch.cat([seen[:, :1], seen[:, prefix:]], dim=1).float(),
             class_attention=attention[:, :, prefix:].float(),
         )
-
-
-def class_attention(attn: Any, normed: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch heads tokens"]:
-    """The class token's row of a block's attention, and no other row: softmax(q_class kᵀ / √d)."""
-    batch, _, dim = normed.shape
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q_bias, k_bias = (None, None) if bias is None else (bias[:dim], bias[dim : 2 * dim])
-    shape = (batch, -1, attn.num_heads, dim // attn.num_heads)
-    q = F.linear(normed[:, :1], weight[:dim], q_bias).reshape(shape).transpose(1, 2)
-    k = F.linear(normed, weight[dim : 2 * dim], k_bias).reshape(shape).transpose(1, 2)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    return (q.float() * attn.scale @ k.float().transpose(-2, -1)).softmax(dim=-1).squeeze(2)
 
 
 def load_encoder(
@@ -152,7 +137,7 @@ def load_encoder(
     """
     kind, _, name = source.partition(":")
     if not name or kind not in ("timm", "ibot", "dino", "run", "random"):
-        raise ValueError(f"--encoder must be {SOURCES}, got {source!r}")
+        raise ValueError(f"an encoder source must be {SOURCES}, got {source!r}")
     architecture, _, file = name.partition("=")
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if kind == "run":
@@ -166,19 +151,18 @@ def load_encoder(
         )
     elif kind in ("ibot", "dino"):
         weights, _ = read_weights(Path(name))
-        numbers = _numbers_of(weights, name)
-        native, build = 224, _builder(**numbers)
+        native, build = 224, _builder(**numbers_of(weights, name))
     else:
         cfg = _pretrained_cfg(architecture)
         mean, std, native = cfg["mean"], cfg["std"], cfg["input_size"][-1]
         build = _timm_builder(architecture)
         weights = read_weights(Path(file))[0] if file else _hub_or_random(kind, architecture)
-    patch = _patch_of(weights, source)
+    patch = patch_of(weights, source)
     size = grid * patch if grid else size or native
     if size % patch:
         raise ValueError(f"{source} has patches of {patch} px, which do not divide {size} px; choose a multiple")
     model = build(size)
-    positions = _load_strictly(model, weights, source)
+    positions = load_strictly(model, weights, source)
     return Encoder(
         model,
         source=source,
@@ -190,32 +174,6 @@ def load_encoder(
         device=device,
         precision=precision,
     )
-
-
-def _load_strictly(model: VisionTransformer, weights: dict[str, Tensor], source: str) -> str:
-    """Load every tensor or raise; returns how the positions were resized."""
-    weights, grid = dict(weights), model.patch_embed.grid_size[0]
-    note = "as stored"
-    if "pos_embed" in weights and model.pos_embed is not None:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        stored = int((weights["pos_embed"].shape[1] - prefix) ** 0.5)
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], prefix=prefix, grid=grid)
-        if stored != grid:
-            note = f"{stored}x{stored} to {grid}x{grid}, bicubic, no antialias"
-    expected = model.state_dict()
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    wrong = [n for n in sorted(expected.keys() & weights.keys()) if expected[n].shape != weights[n].shape]
-    if missing or extra or wrong:
-        found = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
-            if names
-        )
-        raise CheckpointError(
-            f"the weights of {source} do not fit its architecture: {found}; check the file and the name"
-        )
-    model.load_state_dict(weights)
-    return note
 
 
 def _builder(*, patch_size: int, embed_dim: int, depth: int, num_heads: int):
@@ -233,11 +191,8 @@ def _builder(*, patch_size: int, embed_dim: int, depth: int, num_heads: int):
 
 
 def _timm_builder(architecture: str):
-    def build(size: int) -> VisionTransformer:
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, img_size=size)
-        if not isinstance(model, VisionTransformer):
-            raise ValueError(f"{architecture} is no plain ViT of timm; expected a vit_... or deit_... architecture")
-        return model
+    def build(size: int) -> ViT:
+        return checked(timm.create_model(architecture, pretrained=False, num_classes=0, img_size=size), architecture)
 
     return build
 
@@ -260,25 +215,10 @@ def _hub_or_random(kind: str, architecture: str) -> dict[str, Tensor]:
         except Exception as error:  # whatever the hub's client raises, it means the same to the user
             raise CheckpointError(
                 f"the weights of {architecture} could not be fetched ({type(error).__name__}); without the internet, "
-                f"copy the file here and pass --encoder timm:{architecture}=FILE"
+                f"copy the file here and name it as timm:{architecture}=FILE"
             ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
-    return {n: torch.ones_like(w) if n.endswith((".ls1.gamma", ".ls2.gamma")) else w for n, w in weights.items()}
-
-
-def _numbers_of(weights: dict[str, Tensor], name: str) -> dict[str, int]:
-    """A ViT's numbers read off official DINO or iBOT weights, whose heads are always 64 wide."""
-    try:
-        dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
-    except KeyError as error:
-        raise CheckpointError(f"{name} is no ViT checkpoint of DINO or iBOT: {error.args[0]} is not in it") from None
-    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    return {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": max(1, dim // 64)}
-
-
-def _patch_of(weights: dict[str, Tensor], source: str) -> int:
-    if "patch_embed.proj.weight" not in weights:
-        raise CheckpointError(f"{source} holds no ViT: patch_embed.proj.weight is not in it")
-    return weights["patch_embed.proj.weight"].shape[-1]
+    scales = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
+    return {n: torch.ones_like(w) if n.endswith(scales) else w for n, w in weights.items()}

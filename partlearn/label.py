@@ -80,6 +80,16 @@ class Labeller:
                 )
         self.grid, self.groups = self.learner.shape.grid, self.learner.shape.groups
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the labels, for plans."""
+        encoder = self.encoder.description
+        return {
+            "encoder_sha256": encoder["weights_sha256"],
+            "encoder_block": encoder["block"],
+            "learner_sha256": self.sha256,
+        }
+
     def describe(self) -> dict[str, Any]:
         """What the labels come from, for dataset.json."""
         device, precision = self.encoder.device, self.encoder.precision

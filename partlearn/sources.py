@@ -41,15 +41,16 @@ class FromPictures:
     """The seeded permutation of a list of pictures, squared and encoded anew.
 
     Like `FromShards` it has `size` (side of the stored pictures in pixels), `classes`, `inputs` (name, digest and
-    count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), and `slice(number)`: what the shard
-    owns, each to be loaded by whatever thread has time.
+    count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), `slice(number)`: what the shard owns,
+    each to be loaded by whatever thread has time; `names` of all pictures, and `pictures_at`, where those are files.
     """
 
     def __init__(self, pictures: PictureList, *, size: int, quality: int, samples_per_shard: int, seed: int):
         self.pictures, self.size, self.quality = pictures.pictures, size, quality
         self.classes = pictures.classes
+        self.pictures_at = _absolute(pictures.source)
         self.inputs: dict[str, Any] = {
-            "source": _absolute(pictures.source),
+            "source": self.pictures_at,
             "list_sha256": pictures.digest,
             "count": len(pictures.pictures),
         }
@@ -57,6 +58,10 @@ class FromPictures:
         self.shard_sizes = [min(samples_per_shard, len(self.pictures) - start) for start in starts]
         self._per_shard = samples_per_shard
         self._order = permutation(len(self.pictures), seed=seed, epoch=0)
+
+    @property
+    def names(self) -> list[str]:
+        return [picture.name for picture in self.pictures]
 
     def slice(self, number: int) -> list[Load]:
         first = number * self._per_shard
@@ -95,6 +100,11 @@ class FromShards:
         }
         self.shard_sizes = [shard["samples"] for shard in info["shards"]]
         self._first = [shard["first_index"] for shard in info["shards"]]
+        self.pictures_at = str(info["inputs"].get("source", path))
+
+    @property
+    def names(self) -> list[str]:
+        return self._shards.sources
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return FromShards, (self._shards.path,)

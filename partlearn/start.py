@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
+from timm.models.eva import Eva
 from torch import Tensor
 
 from partlearn.config import LearnConfig
@@ -20,10 +21,19 @@ START_VIEWS, START_CELLS = 2048, 64
 
 @torch.no_grad()
 def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Views) -> None:
-    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens."""
+    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens.
+
+    Raises:
+        ValueError: The heads of an encoder with rotary positions are asked for.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     if config.init != "kmeans":
         if config.init == "heads":
+            if isinstance(encoder.model, Eva):
+                raise ValueError(
+                    f"the heads of {config.encoder} turn their queries and keys by position, and part queries have "
+                    "none; take --init kmeans or random"
+                )
             learner.attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
         else:
             learner.attention.start_at_random(generator)

@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from partlearn.architecture import ViT
 from training.checkpoint import CheckpointError, find, load_tensors
 
-WRAPPERS = (
-    "teacher",
-    "state_dict",
-    "model",
-    "student",
-)  # in this order: a teacher is better than its student
+WRAPPERS = ("teacher", "state_dict", "model", "student")  # in this order: a teacher is better than its student
 PREFIXES = ("module.", "backbone.", "encoder.")
 NOT_THE_BACKBONE = ("head.", "fc_norm.", "masked_embed", "mask_token", "decoder", "scorer_pred.")
 
@@ -89,6 +85,57 @@ def resize_positions(positions: Tensor, *, prefix: int, grid: int) -> Tensor:
     square = cells.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=False, align_corners=False)
     return torch.cat([kept.float(), resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def load_strictly(model: ViT, weights: dict[str, Tensor], source: str) -> str:
+    """Load every tensor; returns what became of the positions.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or of another shape.
+    """
+    patches: Any = model.patch_embed
+    weights, grid, notes = dict(weights), patches.grid_size[0], []
+    if "pos_embed" in weights and model.pos_embed is not None:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        stored = int((weights["pos_embed"].shape[1] - prefix) ** 0.5)
+        weights["pos_embed"] = resize_positions(weights["pos_embed"], prefix=prefix, grid=grid)
+        resized = f"{stored}x{stored} to {grid}x{grid}, bicubic, no antialias"
+        notes.append("as stored" if stored == grid else resized)
+    if getattr(model, "rope", None) is not None:
+        notes.append(f"rotary, computed for {grid}x{grid}")
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    wrong = [n for n in sorted(expected.keys() & weights.keys()) if expected[n].shape != weights[n].shape]
+    if missing or extra or wrong:
+        found = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
+            if names
+        )
+        raise CheckpointError(
+            f"the weights of {source} do not fit its architecture: {found}; check the file and the name"
+        )
+    model.load_state_dict(weights)
+    return "; ".join(notes) or "none"
+
+
+def numbers_of(weights: dict[str, Tensor], name: str) -> dict[str, int]:
+    """A ViT's numbers read off official DINO or iBOT weights, whose heads are always 64 wide."""
+    try:
+        dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
+    except KeyError as error:
+        raise CheckpointError(f"{name} is no ViT checkpoint of DINO or iBOT: {error.args[0]} is not in it") from None
+    if dim % 64:
+        raise CheckpointError(f"{name} is {dim} wide; DINO and iBOT have heads of 64, so expected a multiple of it")
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    return {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": dim // 64}
+
+
+def patch_of(weights: dict[str, Tensor], source: str) -> int:
+    """Pixels a side of a patch."""
+    if "patch_embed.proj.weight" not in weights:
+        raise CheckpointError(f"{source} holds no ViT: patch_embed.proj.weight is not in it")
+    return weights["patch_embed.proj.weight"].shape[-1]
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from partlearn.baselines import NAMES
-from partlearn.build import build_shard
-from partlearn.config import ExtractConfig
+from partlearn.baselines import NAMES, refuse_lone_pictures
+from partlearn.build import AnyLabeller, build_shard
+from partlearn.config import TRUTH, ExtractConfig
 from partlearn.label import Labeller
 from partlearn.sources import FromPictures, Source, open_source
+from partlearn.true_parts import TruthLabeller
 from pipeline.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
 from shards.dataset import finalise, open_plan, shard_done
@@ -49,7 +50,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
     )
-    labeller = load_labeller(config)
+    labeller = load_labeller(config, source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
@@ -63,7 +64,10 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
 
 
-def load_labeller(config: ExtractConfig) -> Labeller:
+def load_labeller(config: ExtractConfig, source: Source) -> AnyLabeller:
+    if str(config.parts) == TRUTH:
+        return TruthLabeller(source, grid=config.grid or 28)
+    refuse_lone_pictures(str(config.parts), source.shard_sizes, config.batch_size)
     return Labeller(
         config.parts,
         encoder=config.encoder,
@@ -76,9 +80,8 @@ def load_labeller(config: ExtractConfig) -> Labeller:
     )
 
 
-def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str, Any]:
+def _plan(config: ExtractConfig, source: Source, labeller: AnyLabeller) -> dict[str, Any]:
     """What decides the bytes of every shard; a folder takes one plan for life."""
-    encoder = labeller.encoder.description
     pictures = {
         "samples_per_shard": config.samples_per_shard,
         "size": config.size,
@@ -93,10 +96,9 @@ def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str
         "grid": labeller.grid,
         "groups": labeller.groups,
         "heads": labeller.heads,
-        "encoder_sha256": encoder["weights_sha256"],
-        "encoder_block": encoder["block"],
-        "learner_sha256": labeller.sha256,
-    } | (pictures if isinstance(source, FromPictures) else {"kind": "labels"})
+        **labeller.identity,
+        **(pictures if isinstance(source, FromPictures) else {"kind": "labels"}),
+    }
 
 
 def _forget_rejects(folder: Path, count: int) -> None:
@@ -115,7 +117,9 @@ def _forget_faulty(folder: Path, names: Collection[str]) -> None:
         (shard_paths(folder, int(stem))[2] if stem.isdigit() else folder / name).unlink(missing_ok=True)
 
 
-def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> None:
+def _build_missing(
+    config: ExtractConfig, folder: Path, source: Source, labeller: AnyLabeller, plan_digest: str
+) -> None:
     count = len(source.shard_sizes)
     missing = [number for number in range(count) if not shard_done(folder, number, plan_digest)]
     if not missing:
@@ -143,7 +147,7 @@ def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller
 
 
 def _finish(
-    config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str
+    config: ExtractConfig, folder: Path, source: Source, labeller: AnyLabeller, plan_digest: str
 ) -> dict[str, Any]:
     """dataset.json, with everything that is needed to build the set again."""
     info: dict[str, Any] = {
@@ -190,7 +194,7 @@ def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source
 
 
 def _here(
-    numbers: list[int], source: Source, labeller: Labeller, config: ExtractConfig, plan_digest: str
+    numbers: list[int], source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
 ) -> Iterator[Outcome]:
     """Shards one after the other in this process; an error is the caller's, at once: nothing here is flaky."""
     for number in numbers:
@@ -198,27 +202,28 @@ def _here(
 
 
 def _on_ray(
-    numbers: list[int], source: Source, labeller: Labeller, config: ExtractConfig, plan_digest: str
+    numbers: list[int], source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
 ) -> Iterator[Outcome]:
     """Shards on a pool of Ray actors, each with its own models."""
     import ray
 
     from pipeline.cluster import connect, refuse_paths_of_the_upload
 
-    parts = None if str(config.parts) in NAMES else config.parts
+    parts = None if str(config.parts) in (*NAMES, TRUTH) else config.parts
     refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))
     connect()
-    arguments = (config, ray.put(source), plan_digest)
+    truth = labeller if isinstance(labeller, TruthLabeller) else None
+    arguments = (config, ray.put(source), plan_digest, truth)
     return build_on_ray(numbers, Builder, arguments, workers=config.workers, gpus_per_worker=config.gpus_per_worker)
 
 
 class Builder:
-    """What every actor of the pool holds: the models. Builds any shard it is asked for."""
+    """What every actor of the pool holds: the models, or the truth, which was read once. Builds any shard."""
 
-    def __init__(self, config: ExtractConfig, source: Source, plan_digest: str):
+    def __init__(self, config: ExtractConfig, source: Source, plan_digest: str, truth: TruthLabeller | None = None):
         self.config, self.source, self.plan_digest = config, source, plan_digest
         torch.set_num_threads(max(1, config.run.threads))
-        self.labeller = load_labeller(config)
+        self.labeller = truth or load_labeller(config, source)
 
     def build(self, number: int) -> dict[str, Any]:
         return build_shard(

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate.part_quality import FOREGROUND_COLUMNS, PART_COLUMNS
-from evaluate.part_scores import LABELLINGS, control_rows, parts_of, score_labellers
+from evaluate.part_scores import LABELLINGS, below_centre, control_rows, parts_of, score_labellers
 from evaluate.stability import stability
 from evaluate.truth import TruthSet
 from partlearn.baselines import NAMES, OF_HEADS, Baseline
@@ -51,7 +52,8 @@ class Method:
 
 
 def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
-    """Score every labeller on every folder, print the table, and return its rows.
+    """Score every labeller on every folder, print the table, and return its rows. A foreground below the centre prior
+    is told of on stderr.
 
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.
@@ -79,11 +81,18 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
             for row in rows:
                 if row["set"] == name and row["method"] in twins:
                     row["stability"] = agreement
-    for name, truths in sets.items():
-        rows += _controls(config, name, truths)
+    controls = [row for name, truths in sets.items() for row in _controls(config, name, truths)]
+    below = below_centre(rows, controls)
+    rows += controls
     if config.json:
         write_json(config.json, rows)
     _print(rows)
+    for row, prior in below:
+        print(
+            f"warning: {row['method']} ranks the foreground of {row['set']} ({row['view']}) worse than closeness to "
+            f"the centre does: AP {row['foreground_ap']:.3f}, centre {prior:.3f}",
+            file=sys.stderr,
+        )
     if config.sheet:
         _draw(config.sheet, config, sets[config.images[0]], seen[config.images[0]])
     return rows

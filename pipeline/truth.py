@@ -1,16 +1,15 @@
 """Stored labels against pictures whose parts are known: one row a method, shortcuts among them."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from evaluate.part_quality import cells_of, score, shortcuts
+from evaluate.part_quality import score, shortcuts
 from evaluate.part_scores import background_first
 from shards.batches import in_order
-from shards.pictures import square
 from shards.shard_set import ShardSet
+from shards.truth import TruthFiles, cells_of
 
 SHOWN = (
     "foreground_ap",
@@ -34,7 +33,8 @@ def score_against_truth(sets: dict[str, ShardSet], *, truth: Path) -> list[dict[
     rows = []
     for method, shards in sets.items():
         images, parts, fgrank = _stored(shards)
-        true = np.stack([_true_cells(truth, source, shards) for source in shards.sources])
+        files = TruthFiles(truth, shards.sources)
+        true = np.stack([_centre_cells(files.read(source), shards.grid) for source in shards.sources])
         scores = score(background_first(parts, shards.groups), fgrank, true, images, shards.groups)
         rows.append({"method": method} | {name: scores[name] for name in SHOWN})
     for control, scores in shortcuts(true, images, shards.groups).items():
@@ -51,10 +51,8 @@ def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _true_cells(truth: Path, source: str, shards: ShardSet) -> np.ndarray:
-    name = PurePosixPath(source).with_suffix(".png")
-    only_masks = not (truth / "labels").is_dir()
-    with Image.open(truth / ("masks" if only_masks else "labels") / name) as labels:
-        cut, _ = square(labels, min(labels.size))
-    pixels = np.asarray(cut)
-    return cells_of((pixels > 127).astype(np.uint8) if only_masks else pixels, shards.grid)
+def _centre_cells(labels: np.ndarray, grid: int) -> np.ndarray:
+    """Of the centre square, as extraction cuts it."""
+    side = min(labels.shape)
+    y0, x0 = (round((length - side) * 0.5) for length in labels.shape)
+    return cells_of(labels[y0 : y0 + side, x0 : x0 + side], grid)

@@ -52,9 +52,9 @@ def repair(folder: Path, faults: list[Fault]) -> None:
     if other:
         then, now = (one["producer"]["versions"] | one["producer"]["labels"] for one in (before, after))
         newer = [
-            f"{name} {then.get(name)} then, {now[name]} now"
+            f"{name} {then.get(name)} then, {now.get(name)} now"
             for name in (*after["producer"]["versions"], "device", "precision")
-            if then.get(name) != now[name]
+            if then.get(name) != now.get(name)
         ]
         raise ShardError(
             f"{', '.join(other)} came out with other bytes than before ({'; '.join(newer) or 'same versions'}); the "

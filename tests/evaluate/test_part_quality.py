@@ -12,7 +12,6 @@ from evaluate.part_quality import (
     ari,
     average_precision,
     beyond_shortcut,
-    cells_of,
     flip_agreement,
     foreground_cells,
     largest_share,
@@ -120,31 +119,8 @@ def test_mirrored_labels_of_the_mirror_image_agree_fully():
     assert flip_agreement(parts, parts) < 1
 
 
-def test_a_cell_takes_the_commonest_label_of_its_pixels():
-    label_map = np.array([[1, 1, 7, 2], [1, 2, 255, 7], [3, 4, 0, 0]], dtype=np.uint8)
-
-    # rows 0-1 and row 2; two of 2 and 7 would be equal, the lower wins
-    assert cells_of(label_map, 2).tolist() == [[1, 7], [3, 0]]
+def test_the_foreground_is_neither_background_nor_unknown():
     assert foreground_cells(np.array([[0, 1], [255, 9]])).tolist() == [[False, True], [False, True]]
-    with pytest.raises(ValueError, match="at least 5 pixels"):
-        cells_of(label_map, 5)
-
-
-@given(height=st.integers(4, 13), width=st.integers(4, 13), seed=st.integers(0, 9))
-def test_cells_are_those_of_a_slow_loop(height, width, seed):
-    label_map = np.random.default_rng(seed).integers(0, 3, (height, width))
-
-    found = cells_of(label_map, 4)
-
-    for row in range(4):
-        for col in range(4):
-            inside = [
-                label_map[y, x]
-                for y in range(height)
-                for x in range(width)
-                if (y * 4 // height, x * 4 // width) == (row, col)
-            ]
-            assert found[row, col] == np.bincount(inside).argmax()
 
 
 @given(side=st.integers(4, 15), seed=st.integers(0, 9))

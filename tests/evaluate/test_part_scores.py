@@ -11,7 +11,7 @@ from conftest import small_parts
 from PIL import Image
 
 from evaluate.part_quality import beyond_other
-from evaluate.part_scores import BATCH, labels_of, shift_ari
+from evaluate.part_scores import BATCH, below_centre, labels_of, shift_ari
 from evaluate.truth import TruthSet
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
@@ -194,6 +194,49 @@ def test_shuffled_labels_are_those_of_the_next_picture_and_no_batch_has_one_alon
     assert len(shuffled) == BATCH + 1
     assert np.array_equal(shuffled[0], own[1])
     assert np.array_equal(shuffled[-2], own[-1])
+
+
+def test_a_foreground_below_the_centre_prior_is_never_silent(painted, capsys):
+    for path in (painted / "labels").iterdir():  # an object in the middle, of which noise knows nothing
+        with Image.open(path) as image:
+            width, height = image.size
+        labels = np.zeros((height, width), np.uint8)
+        labels[height // 3 : height - height // 3, width // 3 : width - width // 3] = 1
+        Image.fromarray(labels).save(path)
+
+    rows = scored(painted, parts=("grid", "bands"))
+
+    aps = {(row["method"], row["view"]): row["foreground_ap"] for row in rows}
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 4
+    assert aps[f"grid on {TINY} block 11 parts 6", "centre"] < aps["centre", "centre"]
+    assert warnings[0].startswith(
+        f"warning: grid on {TINY} block 11 parts 6 ranks the foreground of {painted} (centre)"
+    )
+    assert warnings[0].endswith(f"centre {aps['centre', 'centre']:.3f}")
+
+
+def test_where_all_is_foreground_no_rank_is_below_another(painted, capsys):
+    for path in (painted / "labels").iterdir():
+        with Image.open(path) as image:
+            Image.fromarray(np.maximum(np.asarray(image), 1)).save(path)
+
+    rows = scored(painted, parts=("grid",))
+
+    assert all(row["foreground_ap"] in (1.0, None) for row in rows)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_row_is_compared_with_the_centre_of_its_own_set_and_view():
+    def row(method: str, set_: str, view: str, ap: float | None) -> dict[str, Any]:
+        return {"method": method, "set": set_, "view": view, "foreground_ap": ap}
+
+    rows = [row("a", "s", "centre", 0.5), row("a", "s", "off centre", 0.5), row("a", "t", "centre", None)]
+    rows += [row("b", "s", "off centre", 0.2), row("b", "t", "centre", 0.7), row("b", "s", "centre", 0.6 - 1e-12)]
+    controls = [row("centre", "s", "centre", 0.6), row("centre", "s", "off centre", 0.3)]
+    controls += [row("centre", "t", "centre", None), row("darkness", "s", "centre", 0.9)]
+
+    assert below_centre(rows, controls) == [(rows[0], 0.6), (rows[3], 0.3)]
 
 
 def test_names_in_the_table_are_short_where_that_tells_methods_apart():

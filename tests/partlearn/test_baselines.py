@@ -8,7 +8,7 @@ import torch
 from conftest import photographs
 
 from evaluate.part_quality import ari
-from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding
+from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding, refuse_lone_pictures
 from partlearn.config import ExtractConfig
 from partlearn.encoders import Encoder, Tokens, load_encoder
 from partlearn.label import Labeller
@@ -108,6 +108,33 @@ def test_one_picture_has_no_next(encoder, tokens):
 
     with pytest.raises(ValueError, match="at least two, got 1"):
         Baseline("shuffled-heads", encoder, parts=PARTS).label(alone)
+
+
+@pytest.mark.parametrize(("samples_per_shard", "batch_size"), [(5, 4), (4, 4), (5, 1)])
+def test_a_build_whose_shards_end_with_one_picture_alone_does_not_start(samples_per_shard, batch_size, tmp_path):
+    settings = {"encoder": "random:vit_tiny_patch16_224", "grid": 4, "size": 32, "backend": "local"}
+    run = RunConfig(out=tmp_path / "set", device="cpu", precision="fp32")
+    config = ExtractConfig(
+        images=str(photographs(tmp_path / "photos", 5)),
+        parts=Path("shuffled-heads"),
+        samples_per_shard=samples_per_shard,
+        batch_size=batch_size,
+        run=run,
+        **settings,
+    )
+
+    option = "--samples-per-shard" if samples_per_shard == 4 else "--batch-size"
+    with pytest.raises(
+        ValueError, match=rf"shuffled-heads takes .* would have a batch of one; choose another {option}"
+    ):
+        extract(config)
+
+    assert not (tmp_path / "set").exists()
+
+
+def test_batches_of_two_and_more_and_labels_of_their_own_are_no_reason_to_refuse():
+    refuse_lone_pictures("shuffled-heads", [6, 6, 2], 4)
+    refuse_lone_pictures("heads", [5, 1], 4)
 
 
 def test_kmeans_of_a_picture_finds_the_parts_of_its_object(encoder, tokens):

@@ -116,6 +116,14 @@ def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
         Labeller(tmp_path / "run", grid=8)
 
 
+def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
+    chosen = config(photos, tmp_path / "run", paper=True, decoder_size=8)
+    rotary = dataclasses.replace(chosen, encoder="random:vit_small_patch16_dinov3_qkvb")
+
+    with pytest.raises(ValueError, match="turn their queries and keys by position"):
+        learn(rotary)
+
+
 def test_paper_is_the_literal_form(photos, tmp_path):
     literal = config(photos, tmp_path, paper=True, decoder_size=8)
 

@@ -22,26 +22,42 @@ def images(side: int, count: int = 1) -> torch.Tensor:
 
 
 def official_forms(weights):
-    heads = {"head.mlp.0.weight": torch.zeros(2, 2)}
-    ddp = {f"module.backbone.{name}": value for name, value in weights.items()}
-    teacher = {f"backbone.{name}": value for name, value in weights.items()}
-    args = argparse.Namespace(arch="vit_small", patch_size=16)
+    """What main_ibot.py saves, and what its authors hand out (arXiv:2111.07832); MAE's file; a bare state dict.
+
+    A student is DDP around its crops' wrapper and knows a mask embedding; the wrong network's weights are off by one.
+    """
+    heads = {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.ones(2, 1)}
+    teacher = {f"backbone.{name}": value for name, value in (weights | heads).items()}
+    student = {f"module.{name}": value for name, value in teacher.items()}
+    student["module.backbone.masked_embed"] = torch.zeros(1, 384)
+    args = argparse.Namespace(
+        arch="vit_small", patch_size=16, lr=5e-4, global_crops_scale=(0.14, 1.0), pred_ratio=[0.0, 0.3],
+        use_fp16=True, load_from=None,
+    )  # fmt: skip
+    rest = {
+        "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 5e-4}]},
+        "epoch": 3,
+        "args": args,
+        "ibot_loss": {"center": torch.zeros(1, 2)},
+        "fp16_scaler": None,
+    }
     return {
         "flat": dict(weights),
-        "teacher only": {"state_dict": weights | heads},
-        "whole training": {
-            "student": {name: value + 1 for name, value in ddp.items()}
-            | {"module.backbone.masked_embed": torch.zeros(1, 384)},
-            "teacher": teacher | heads,
-            "optimizer": {"state": {}},
-            "epoch": 3,
-            "args": args,
-        },
+        "teacher handed out": {"state_dict": weights | heads},
+        "student handed out": {"state_dict": student},
+        "wrapped teacher": {"teacher": teacher},
+        "teacher under DDP": {"teacher": {f"module.{name}": value for name, value in teacher.items()}},
+        "wrapped student": {"student": student},
+        "whole training": {"student": {name: value + 1 for name, value in student.items()}, "teacher": teacher} | rest,
+        "whole training, student alone": {"student": student} | rest,
         "mae": {"model": weights | {"decoder_pos_embed": torch.zeros(1), "mask_token": torch.zeros(1)}},
     }
 
 
-@pytest.mark.parametrize("form", ["flat", "teacher only", "whole training", "mae"])
+FORMS = list(official_forms({}))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_an_official_ibot_file_loads_strictly_whatever_wraps_it(form, vit_small, tmp_path):
     torch.save(official_forms(vit_small)[form], tmp_path / "ibot.pth")
 
@@ -63,6 +79,29 @@ def test_a_file_of_another_architecture_fails(vit_small, tmp_path):
 
     with pytest.raises(CheckpointError, match="of another shape"):
         load_encoder(f"timm:vit_tiny_patch16_224={tmp_path / 'small.pth'}")
+
+
+def test_an_official_file_with_a_tensor_of_another_width_fails_and_names_it(vit_small, tmp_path):
+    wrong = vit_small | {"blocks.2.mlp.fc1.bias": torch.zeros(7)}
+    torch.save({"teacher": wrong}, tmp_path / "wrong.pth")
+
+    with pytest.raises(CheckpointError, match=r"1 of another shape \(blocks\.2\.mlp\.fc1\.bias\)"):
+        load_encoder(f"ibot:{tmp_path / 'wrong.pth'}")
+
+
+def test_an_official_file_that_heads_of_64_do_not_divide_fails(tmp_path):
+    weights = timm.create_model("vit_tiny_patch16_224", embed_dim=96, depth=1, num_classes=0).state_dict()
+    torch.save(weights, tmp_path / "narrow.pth")
+
+    with pytest.raises(CheckpointError, match="is 96 wide"):
+        load_encoder(f"ibot:{tmp_path / 'narrow.pth'}")
+
+
+def test_a_file_without_a_class_token_is_no_official_one(vit_small, tmp_path):
+    torch.save({n: w for n, w in vit_small.items() if n != "cls_token"}, tmp_path / "pooled.pth")
+
+    with pytest.raises(CheckpointError, match="cls_token is not in it"):
+        load_encoder(f"dino:{tmp_path / 'pooled.pth'}")
 
 
 def test_a_prefix_is_stripped_only_where_it_leads(tmp_path):
@@ -87,7 +126,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("resnet", "--encoder must be"),
+        ("resnet", "^an encoder source must be timm:NAME"),
         ("random:vit_gigantic_patch3", "timm knows no architecture"),
         ("ibot:/no/such/file.pth", "no weights at"),
         ("run:/no/such/run", "no checkpoint at"),

@@ -1,0 +1,111 @@
+"""The truth as a source of labels: what a perfect part learner would store, as the upper end of a scale."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt16
+from scipy import ndimage
+
+from partlearn.config import TRUTH
+from partlearn.label import Labels
+from partlearn.sources import Source, Stored
+from shards.atomic import sha256_file, sha256_json
+from shards.crops import ranked_anew
+from shards.truth import UNKNOWN, TruthFiles, cells_of
+
+
+class TruthLabeller:
+    """Labels of the part maps that lie beside the pictures of `source` (`shards/truth.py`), behind the interface of
+    `Labeller`; it looks at no pixel.
+
+    Part id k becomes the label k - 1; background and unknown cells have the last label. There are as many labels in
+    every picture: see `TruthFiles.count_parts`. Every map is read here once, for the digest that goes into the plan.
+
+    Raises:
+        ValueError: The pictures come from no local folder, or the parts do not fit into a byte.
+        FileNotFoundError: A picture has no truth.
+    """
+
+    heads = 0
+
+    def __init__(self, source: Source, *, grid: int):
+        folder = Path(source.pictures_at)
+        if not folder.is_dir():
+            raise ValueError(
+                f"--parts truth needs pictures from a local folder that holds images/ beside labels/ or masks/, got "
+                f"{source.pictures_at}"
+            )
+        if not 1 <= grid <= 256:
+            raise ValueError(f"grid must lie between 1 and 256 (ranks are two bytes), got {grid}")
+        self.files, self.grid = TruthFiles(folder, source.names), grid
+        self.parts = self.files.count_parts(source.names)
+        if not 1 <= self.parts <= 254:
+            raise ValueError(
+                f"part ids must lie between 1 and 254 (255 is unknown), the largest in {self.files.folder} is "
+                f"{self.parts}"
+            )
+        maps = {name: sha256_file(self.files.path(name)) for name in source.names}
+        self.sha256 = sha256_json([TRUTH, self.parts, maps])
+
+    @property
+    def groups(self) -> int:
+        """The parts, and the background."""
+        return self.parts + 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the labels, for plans."""
+        return {"truth_sha256": self.sha256}
+
+    def describe(self) -> dict[str, Any]:
+        """What the labels come from, for dataset.json."""
+        return {"truth": str(self.files.folder), "parts": self.parts, **self.identity}
+
+    def __call__(self, batch: Sequence[Stored]) -> Labels:
+        """True part of each cell, and its rank in foreground; the confidence is 255: nobody asked.
+
+        Raises:
+            ValueError: A map is of another size than its picture, smaller than the grid, or has an id that is no part.
+        """
+        cells = np.stack([self._cells(stored) for stored in batch])
+        outside = (cells == 0) | (cells == UNKNOWN)
+        return Labels(
+            np.where(outside, self.parts, cells - 1).astype(np.uint8),
+            np.stack([depth_rank(~one) for one in outside]),
+            None,
+            np.full(len(batch), 255, np.uint8),
+        )
+
+    def _cells(self, stored: Stored) -> Int[np.ndarray, "grid grid"]:
+        """Of the square of the map that was cut from the picture."""
+        path, ids = self.files.path(stored.source), self.files.read(stored.source)
+        if ids.shape[::-1] != tuple(stored.source_size):
+            width, height = stored.source_size
+            raise ValueError(f"{path} is {ids.shape[1]}x{ids.shape[0]}, but its picture is {width}x{height}")
+        x0, y0, x1, y1 = map(int, stored.box)
+        wrong = ids[(ids > self.parts) & (ids != UNKNOWN)]
+        if wrong.size:
+            raise ValueError(f"{path} has the part id {wrong[0]}, but the largest id there is is {self.parts}")
+        if min(x1 - x0, y1 - y0) < self.grid:
+            raise ValueError(f"{path} is smaller than {self.grid} pixels a side, its cells; choose a smaller --grid")
+        return cells_of(ids[y0:y1, x0:x1], self.grid)
+
+
+def depth_rank(inside: Bool[np.ndarray, "rows cols"]) -> UInt16[np.ndarray, "rows cols"]:
+    """Foreground first, the cell furthest from any background foremost; then the background, the cell nearest to the
+    foreground foremost. Distances are Euclidean, between centres of cells; equals go by index.
+
+    Where all is of one kind, what lies beyond the border stands for the other, so that the middle comes first.
+    """
+    if inside.all() or not inside.any():
+        depth = _distance(np.pad(np.ones_like(inside), 1))[1:-1, 1:-1]
+    else:
+        depth = _distance(inside) - _distance(~inside)
+    return ranked_anew(-depth).astype(np.uint16)
+
+
+def _distance(inside: Bool[np.ndarray, "rows cols"]) -> Float[np.ndarray, "rows cols"]:
+    """From a cell inside to the nearest one outside; 0 outside."""
+    return np.asarray(ndimage.distance_transform_edt(inside))
