@@ -21,14 +21,15 @@ def feature_loss(
 ) -> Float[Tensor, ""]:
     """Each inside token against the mean of part vectors by its shares, over the tokens' own squared length:
 
-        sum_p |f(p) - sum_i M_i(p) v_i|²  /  sum_p |f(p)|²
+        sum_p |f(p) - sum_i M_i(p) v_i|²  /  sum_p |f(p)|²        in each picture; the mean over pictures
 
     In place of Eq. 5: pixels reward a colour code, tokens reward parts (docs/log.md).
     """
     shares = maps / maps.sum(dim=1, keepdim=True).clamp(min=1e-6)
     rebuilt = shares.transpose(1, 2) @ vectors
     weight = inside[..., None].float()
-    return ((tokens - rebuilt).square() * weight).sum() / (tokens.square() * weight).sum().clamp(min=1e-6)
+    missed, whole = (((tokens - part).square() * weight).sum(dim=(1, 2)) for part in (rebuilt, 0))
+    return (missed / whole.clamp(min=1e-6)).mean()
 
 
 def pairwise_cosine(maps: Float[Tensor, "batch parts patches"]) -> Float[Tensor, "batch parts parts"]:
