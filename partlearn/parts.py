@@ -125,8 +125,10 @@ def relative_tokens(
 
 
 def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:
-    """The `width` leading principal directions of `points`, each divided by the deviation along it, or by a hundredth of
-    the largest where it is less: few points leave directions in which there is nothing to see."""
+    """The `width` leading principal directions of `points`, each divided by the deviation along it.
+
+    Or by a hundredth of the largest deviation, where it is less: of few points, some directions hold nothing to see.
+    """
     centred = (points - points.mean(dim=0)).double()
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(points))
     return (directions[:, -width:] / variances[-width:].clamp(min=max(1e-4 * variances[-1].item(), 1e-12)).sqrt()).to(
