@@ -92,7 +92,7 @@ class LearnConfig:
     encoder: str
     """Frozen encoder: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
     encoder_block: int | None = None
-    """Tokens as this block (from 0) reads them; the last block unless told. It matters more than anything else."""
+    """Tokens as this block (from 0) reads them; the last block unless told."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     parts: int = 6
@@ -125,8 +125,9 @@ class LearnConfig:
     """Weight of Eq. 6."""
     balance: float = 0.1
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
-    views: int = 4
-    """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets)."""
+    views: int | None = None
+    """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
+    told, 4 where steps are taken, and else 0."""
     steps: int | None = None
     """Updates; unless told, none from the k-means start (more changed nothing that was measured) and else 1,000."""
     batch_size: int = 64
@@ -150,7 +151,9 @@ class LearnConfig:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
         if self.steps is None:
             object.__setattr__(self, "steps", 0 if self.init == "kmeans" else 1000)
-        if self.grid < 2 or self.updates < 0 or self.batch_size < 1 or self.views < 0:
+        if self.views is None:
+            object.__setattr__(self, "views", 4 if self.steps else 0)
+        if self.grid < 2 or self.updates < 0 or self.batch_size < 1 or self.kept_views < 0:
             raise ValueError(
                 "grid must be at least 2, batch_size at least 1, steps and views not negative, got "
                 f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
@@ -175,6 +178,12 @@ class LearnConfig:
         """`steps`, resolved."""
         assert self.steps is not None
         return self.steps
+
+    @property
+    def kept_views(self) -> int:
+        """`views`, resolved."""
+        assert self.views is not None
+        return self.views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class View:
 
 
 class Views:
-    """The crops of a run. With `config.views`, they are encoded at the first call and kept."""
+    """The crops of a run. With `config.kept_views`, they are encoded at the first call and kept."""
 
     def __init__(self, config: LearnConfig, encoder: Encoder, pictures: PictureList):
         self.config, self.encoder, self.pictures = config, encoder, pictures
@@ -37,12 +37,12 @@ class Views:
     @property
     def count(self) -> int:
         """Views before they come again, or pictures where every crop is fresh."""
-        return max(1, self.config.views) * len(self.pictures.pictures)
+        return max(1, self.config.kept_views) * len(self.pictures.pictures)
 
     def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[View, None, None]:
         """Batches from `step` on, for ever; a pure function of the config and the pictures. Of several ranks, each
         gets its block of every batch."""
-        if not self.config.views:
+        if not self.config.kept_views:
             size = self.config.batch_size
             return _cropped(self.config, self.encoder, self.pictures, size, step, rank, world_size)
         if world_size > 1:
