@@ -6,11 +6,13 @@ import os
 import pytest
 from conftest import photographs, small_parts
 
+from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
 from benchmarks.quiet import foreign_cores
 from benchmarks.rounds import ENOUGH, Block, Case, Row, interleaved, ratios, summary, verdict
 from pipeline.bench import bench
 from pipeline.config import BenchConfig
+from training.config import RunConfig
 
 FIELDS = {"name", "value", "unit", "n", "low", "high"}
 
@@ -57,6 +59,17 @@ def test_bench_extract_writes_its_rows_and_where_they_are_from(tmp_path):
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["versions"]["webdataset"]
     assert not list((tmp_path / "out").glob("extract.*"))
+
+
+def test_bench_learn_counts_the_forwards_that_a_step_takes(tmp_path):
+    photos = photographs(tmp_path / "photos", 4)
+
+    report = bench_learn(str(photos), minutes=0.001, run=RunConfig(out=tmp_path, device="cpu", precision="fp32"))
+
+    rows = {row.name: row.value for row in report.rows}
+    assert set(report.bars) == {"encoder_forward/step_fresh", "encoder_forward/step_cached"}
+    assert set(report.bars) < set(rows)
+    assert all(value > 0 for value in rows.values())
 
 
 def test_blocks_beside_a_neighbour_are_dropped():
