@@ -22,7 +22,7 @@ from shards.truth import UNKNOWN
 BANDS, STRATUM_BANDS, PERMUTATIONS = 6, 4, 10
 OTHER_PICTURES = 3
 PART_COLUMNS = ("beyond_shortcut", "beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi")
-PART_COLUMNS += ("parts_used", "largest_share", "speckle")
+PART_COLUMNS += ("parts_used", "largest_share", "speckle", "speckle_inside")
 FOREGROUND_COLUMNS = ("foreground_ap", "foreground_recall_quarter", "foreground_iou_best", "foreground_iou_quarter")
 Columns = dict[str, float | None]
 
@@ -38,7 +38,7 @@ def score(
 
     NMI and ARI are over the cells of the true foreground: of all pictures together (`nmi`: a label must mean
     the same everywhere), and within each picture, averaged (`nmi_image`). `colour_nmi` and `bands_nmi` are over
-    all cells: how much the labels follow colour and height. `shift_ari` and `flip_agreement` need other views.
+    all cells: how much the labels follow colour and height. The shift test and the mirror image need other views.
 
     Args:
         fgrank: 0 for the cell most likely foreground.
@@ -172,13 +172,12 @@ def beyond_other(
 
 def speckle(parts: Integer[np.ndarray, "pictures rows cols"]) -> float:
     """Share of cells whose label none of their (up to four) neighbours has."""
-    down, right = parts[:, 1:] == parts[:, :-1], parts[:, :, 1:] == parts[:, :, :-1]
-    matched = np.zeros(parts.shape, dtype=bool)
-    matched[:, 1:] |= down
-    matched[:, :-1] |= down
-    matched[:, :, 1:] |= right
-    matched[:, :, :-1] |= right
-    return float(1 - matched.mean())
+    return float(_alone(parts).mean())
+
+
+def speckle_inside(parts: Integer[np.ndarray, "pictures rows cols"]) -> float | None:
+    """The same share of the cells outside the background, which is seldom speckled; None where there are none."""
+    return float(_alone(parts)[parts > 0].mean()) if (parts > 0).any() else None
 
 
 def parts_used(parts: Integer[np.ndarray, "pictures rows cols"]) -> float:
@@ -206,6 +205,15 @@ def flip_agreement(
 ) -> float:
     """Share of cells with the same label in a picture and, mirrored back, in its mirror image."""
     return float((parts == of_mirrored[:, :, ::-1]).mean())
+
+
+def flip_inside(
+    parts: Integer[np.ndarray, "pictures rows cols"], of_mirrored: Integer[np.ndarray, "pictures rows cols"]
+) -> float | None:
+    """The same share of the cells that have a part in either; None where there are none."""
+    back = of_mirrored[:, :, ::-1]
+    inside = (parts > 0) | (back > 0)
+    return float((parts == back)[inside].mean()) if inside.any() else None
 
 
 def foreground_cells(
@@ -244,6 +252,7 @@ def _part_columns(parts: np.ndarray, truth: np.ndarray, colours: np.ndarray) -> 
         "parts_used": parts_used(parts),
         "largest_share": largest_share(parts),
         "speckle": speckle(parts),
+        "speckle_inside": speckle_inside(parts),
     }
 
 
@@ -263,6 +272,17 @@ def _foreground_columns(scores: np.ndarray, truth: np.ndarray) -> Columns:
             )
         )
     return {name: _mean(row[place] for row in rows) for place, name in enumerate(FOREGROUND_COLUMNS)}
+
+
+def _alone(parts: Integer[np.ndarray, "pictures rows cols"]) -> Bool[np.ndarray, "pictures rows cols"]:
+    """Cells whose label none of their neighbours has."""
+    down, right = parts[:, 1:] == parts[:, :-1], parts[:, :, 1:] == parts[:, :, :-1]
+    matched = np.zeros(parts.shape, dtype=bool)
+    matched[:, 1:] |= down
+    matched[:, :-1] |= down
+    matched[:, :, 1:] |= right
+    matched[:, :, :-1] |= right
+    return ~matched
 
 
 def _given(strata: np.ndarray, measure: Callable[[np.ndarray], float]) -> float:

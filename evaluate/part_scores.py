@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Integer, UInt8
 
-from evaluate.part_quality import Columns, areas, ari, flip_agreement, score, shortcuts
-from evaluate.truth import SHIFT, TruthSet, View
+from evaluate.part_quality import areas, ari, flip_agreement, flip_inside, score, shortcuts
+from evaluate.truth import TruthSet, View, shift_cells
 from partlearn.label import Labeller
 
 BATCH = 16
@@ -26,8 +26,9 @@ def score_labellers(
 ) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
     """Of each labeller: the rows of the centre and the off-centre squares, and its labels of the first.
 
-    `flip_agreement` labels the mirrored centre squares; `shift_ari` compares the labels of two crops of one photograph,
-    a quarter of their side apart, on the cells that both show. The encoder reads each picture once for all labellers.
+    `flip_agreement` and `flip_inside` label the mirrored centre squares; `shift_ari` compares the labels of two crops
+    of one photograph, a quarter of their side apart, on the cells that both show. The encoder reads each picture once
+    for all labellers.
 
     Args:
         labellers: All on the same block of the same encoder.
@@ -42,7 +43,11 @@ def score_labellers(
     seen = zip(*(labels_of(labellers, images, advance) for images in views), strict=True)
     told = []
     for labeller, (here, there, flipped, left, right) in zip(labellers, seen, strict=True):
-        held = {"flip_agreement": flip_agreement(here[0], flipped[0]), "shift_ari": shift_ari(left[0], right[0])}
+        held = {
+            "flip_agreement": flip_agreement(here[0], flipped[0]),
+            "flip_inside": flip_inside(here[0], flipped[0]),
+            "shift_ari": shift_ari(left[0], right[0]),
+        }
         rows = [
             {"view": name}
             | score(labels[0], labels[1], view.truth, view.images, 1 + parts_of(labeller))
@@ -54,18 +59,26 @@ def score_labellers(
     return told
 
 
-def control_rows(pictures: TruthSet, *, size: int, grid: int, groups: int) -> list[dict[str, Any]]:
-    """What position and colour alone score, by the same measures."""
+def control_rows(pictures: TruthSet, *, size: int, grid: int, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """What position and colour alone score, by the same measures; how many parts there are matters to bands alone."""
     views: dict[str, View] = {
         "centre": pictures.centre(size=size, grid=grid),
         "off centre": pictures.off_centre(size=size, grid=grid),
     }
-    nothing: Columns = {"flip_agreement": None, "shift_ari": None, "areas": None}
-    return [
-        {"method": name, "view": view} | columns | nothing
+    nothing = dict.fromkeys(("flip_agreement", "flip_inside", "shift_ari", "areas"))
+    first = [
+        {"method": name, "parts": counts[0], "view": view} | columns | nothing
         for view, shown in views.items()
-        for name, columns in shortcuts(shown.truth, shown.images, groups).items()
+        for name, columns in shortcuts(shown.truth, shown.images, 1 + counts[0]).items()
     ]
+    others = [
+        {"method": f"bands parts {count}", "parts": count, "view": view}
+        | shortcuts(shown.truth, shown.images, 1 + count)["bands"]
+        | nothing
+        for count in counts[1:]
+        for view, shown in views.items()
+    ]
+    return first + others
 
 
 def below_centre(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[Below]:
@@ -107,8 +120,8 @@ def background_first(
 def shift_ari(
     left: Integer[np.ndarray, "pictures grid grid"], right: Integer[np.ndarray, "pictures grid grid"]
 ) -> float:
-    """ARI of two crops' labels on the cells both show; `right` begins SHIFT of a side further right. Mean over
+    """ARI of two crops' labels on the cells both show; `right` begins `shift_cells` further right. Mean over
     pictures. Bands follow no object and pass it; what follows columns does not."""
-    cells = round(SHIFT * left.shape[-1])
+    cells = shift_cells(left.shape[-1])
     pairs = zip(left[:, :, cells:], right[:, :, :-cells], strict=True)
     return float(np.mean([ari(one.ravel(), other.ravel()) for one, other in pairs]))

@@ -1,5 +1,6 @@
 """Pictures with known parts or masks, seen through square crops: pixels, and true labels of the same cells."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,6 @@ from PIL import Image
 
 from shards.pictures import decode_rgb, list_pictures, read_bytes
 from shards.truth import TruthFiles, cells_of
-
-SHIFTED, SHIFT = 0.8, 0.25
-"""The shift test's crops: their side over the picture's short side, and their distance over their side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +56,17 @@ class TruthSet:
         return self._view(lambda width, height, index: _square(width, height, index % 2), size, grid)
 
     def shifted(self, *, size: int, grid: int) -> tuple[View, View]:
-        """Two crops of every picture, the second a quarter of their side further right."""
+        """Two crops of every picture, the second `shift_cells` further right: together about as wide as the short side.
+
+        Their side is such that the distance is a whole number of pixels: cells that both show hold the same ones.
+        """
+        cells = shift_cells(grid)
+        unit = grid // math.gcd(grid, cells)
 
         def crop(width: int, height: int, step: int) -> Crop:
-            side = int(SHIFTED * min(width, height))
-            x0 = (width - side - round(SHIFT * side)) // 2
-            return Crop(x0 + step * round(SHIFT * side), (height - side) // 2, side)
+            side = min(width, height) * grid // (grid + cells) // unit * unit
+            distance = side * cells // grid
+            return Crop((width - side - distance) // 2 + step * distance, (height - side) // 2, side)
 
         return (
             self._view(lambda width, height, index: crop(width, height, 0), size, grid),
@@ -78,9 +81,19 @@ class TruthSet:
         for index, picture in enumerate(self.pictures):
             image = decode_rgb(read_bytes(picture))
             crop = crop_of(*image.size, index)
-            true = self._truth.read(picture.name)[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side]
-            resized = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box)
-            yield np.asarray(resized), cells_of(true, grid)
+            if crop.side < grid:
+                raise ValueError(
+                    f"{picture.name} is {image.width}x{image.height}: too small for crops of {grid} cells a side; "
+                    "choose a smaller --grid"
+                )
+            true = self._truth.read_for(picture.name, image.size)
+            cells = cells_of(true[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side], grid)
+            yield np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box)), cells
+
+
+def shift_cells(grid: int) -> int:
+    """How far apart the crops of the shift test lie: a quarter of their side in whole cells, at least one."""
+    return max(1, round(grid / 4))
 
 
 def _square(width: int, height: int, offset: float) -> Crop:

@@ -3,7 +3,6 @@
 `kmeans` is not here: it is a part learner that takes no step (`learn-parts --steps 0`), its queries k-means centres.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -46,14 +45,16 @@ class Baseline:
 
     heads: the head of the last block that attends most to a cell; as many parts as heads. kmeans-image: k-means on
     the picture's own relative tokens; a label means nothing in the next picture. regions: compact random regions, the
-    cells nearest to random foreground cells. grid, bands: rectangles and stripes of the whole picture. All of them
-    leave out the background, as the learner does: cells that are not the object by the encoder's foreground score.
+    cells nearest to random foreground cells. grid: rectangles of one area that fill the whole picture, in columns of
+    as many (of 5, three and two; of 2, one above the other). bands: horizontal stripes of it. Where a picture's object
+    has fewer cells than there are parts, kmeans-image and regions use as many parts as cells. All of them leave out the
+    background, as the learner does: cells that are not the object by the encoder's foreground score.
 
     heads-mass: the rival of the paper's Table 4. Each head keeps the cells that hold MASS of its attention, a cell goes
     to the head that attends most to it among those that keep it; the background is what no head keeps.
 
-    shuffled-heads, shuffled-kmeans-image: labels and rank of the next picture of the batch, the first after the last;
-    a control for what all pictures share. Two views of a picture still agree as they did.
+    shuffled-heads, shuffled-kmeans-image: what is said of the next picture of the batch, the first after the last; a
+    control for what all pictures share. Two views of a picture still agree as they did.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Baseline:
         encoder: Encoder,
         *,
         parts: int,
-        foreground: Scorer = "border",
+        foreground: Scorer = "contrast",
         foreground_share: float | None = None,
     ):
         self.name, self.foreground, self.foreground_share = name, foreground, foreground_share
@@ -79,7 +80,25 @@ class Baseline:
             "parts": self.shape.parts,
             "foreground": self.foreground,
             "foreground_share": self.foreground_share,
+            **({"mass": MASS} if self.name == "heads-mass" else {}),
         }
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether a picture has the labels of another."""
+        return self.name.startswith("shuffled-")
+
+    def labelled(self, tokens: Tokens) -> Tokens:
+        """The tokens that labels are of: a shuffled baseline looks at the next picture.
+
+        Raises:
+            ValueError: There is no next picture.
+        """
+        if not self.shuffled:
+            return tokens
+        if len(tokens.class_token) < 2:
+            raise ValueError(f"{self.name} takes the labels of the next picture, so a batch needs at least two, got 1")
+        return Tokens(*(getattr(tokens, name).roll(-1, dims=0) for name in Tokens.__dataclass_fields__))
 
     @torch.no_grad()
     def label(self, tokens: Tokens) -> tuple[Int64[Tensor, "batch patches"], Int64[Tensor, "batch patches"]]:
@@ -88,17 +107,13 @@ class Baseline:
         Raises:
             ValueError: A shuffled baseline was given one picture alone.
         """
+        tokens = self.labelled(tokens)
         score = foreground_score(tokens, self.foreground)
         rank = foreground_rank(score)
         if self.name == "heads-mass":
             return heads_by_mass(tokens.class_attention), rank
         cells = object_cells(score, self.foreground_share)
-        parts = self._inside(tokens, rank, cells).masked_fill(~cells, self.shape.parts)
-        if not self.name.startswith("shuffled-"):
-            return parts, rank
-        if len(rank) < 2:
-            raise ValueError(f"{self.name} takes the labels of the next picture, so a batch needs at least two, got 1")
-        return parts.roll(-1, dims=0), rank.roll(-1, dims=0)
+        return self._inside(tokens, rank, cells).masked_fill(~cells, self.shape.parts), rank
 
     def _inside(
         self, tokens: Tokens, rank: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch patches"]
@@ -112,33 +127,24 @@ class Baseline:
             return torch.stack(
                 [_clusters(own, chosen, parts) for own, chosen in zip(relative, cells.cpu(), strict=True)]
             ).to(rank.device)
-        rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
         if rule == "regions":
-            places = torch.stack([rows, cols], dim=-1).flatten(0, 1).float()
+            places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
             return torch.stack(
                 [_regions(own, chosen, places, parts) for own, chosen in zip(rank.cpu(), cells.cpu(), strict=True)]
             ).to(rank.device)
-        wide = 1 if rule == "bands" else max(n for n in range(1, int(parts**0.5) + 1) if parts % n == 0)
-        high = parts // wide
-        whole = (rows * high // grid) * wide + cols * wide // grid
+        whole = rectangles(parts, 1 if rule == "bands" else round(parts**0.5), grid)
         return whole.flatten().expand_as(rank).to(rank.device)
 
 
-def refuse_lone_pictures(name: str, shard_sizes: Sequence[int], batch_size: int) -> None:
-    """Before a build: batches never straddle shards, and shuffled labels are those of the next picture of the batch.
-
-    Raises:
-        ValueError: `name` is shuffled, and a shard would begin or end with a batch of one picture.
-    """
-    if not name.startswith("shuffled-"):
-        return
-    for number, size in enumerate(shard_sizes):
-        if size % batch_size == 1 or batch_size == 1:
-            raise ValueError(
-                f"{name} takes the labels of the next picture of the batch, but shard {number}, {size} pictures in "
-                f"batches of {batch_size}, would have a batch of one; choose another "
-                f"{'--samples-per-shard' if size == 1 else '--batch-size'}"
-            )
+def rectangles(parts: int, columns: int, grid: int) -> Int64[Tensor, "rows cols"]:
+    """A picture in `parts` rectangles of one area, as near as cells allow: columns whose width is their share of the
+    parts, each cut into rows; numbered down the columns, the first of which have one part more."""
+    counts = torch.full((columns,), parts // columns)
+    counts[: parts % columns] += 1
+    ends = counts.cumsum(0)
+    cells = torch.arange(grid)
+    column = torch.bucketize(cells * parts // grid, ends, right=True)
+    return (ends - counts)[column] + cells[:, None] * counts[column] // grid
 
 
 def heads_by_mass(attention: Float[Tensor, "batch heads patches"]) -> Int64[Tensor, "batch patches"]:
@@ -156,8 +162,9 @@ def holding(mass: Float[Tensor, "*rows patches"], share: float) -> Bool[Tensor, 
 
 
 def _clusters(tokens: Tensor, chosen: Tensor, parts: int) -> Tensor:
-    """k-means fitted on the chosen cells of one picture, always from the same draws."""
-    centres = spherical_kmeans(tokens[chosen], parts, generator=torch.Generator().manual_seed(0), starts=1)
+    """k-means fitted on the chosen cells of a picture, always from the same draws; a part a cell where they are few."""
+    count = min(parts, int(chosen.sum()))
+    centres = spherical_kmeans(tokens[chosen], count, generator=torch.Generator().manual_seed(0), starts=1)
     return (tokens @ centres.T).argmax(dim=1)
 
 

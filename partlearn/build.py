@@ -1,6 +1,6 @@
 """One slice of pictures in, one labelled shard out. No Ray here: `pipeline/extract.py` calls it from wherever."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,19 @@ def build_shard(
 def _labelled(
     loads: list[Load], labeller: AnyLabeller, config: ExtractConfig, rejected: list[Rejected]
 ) -> Iterator[LabelledPicture]:
-    """Batches of a shard's own pictures, in order; what cannot be read goes to `rejected`."""
+    """A shard's own pictures, in order; what cannot be read or labelled goes to `rejected`."""
+    batches = _batches(loads, config, rejected)
+    shuffled = isinstance(labeller, Labeller) and labeller.shuffled
+    for batch in never_alone(batches, config.batch_size) if shuffled else batches:
+        if shuffled and len(batch) == 1 and not config.relabel:  # in a label set no picture may be missing
+            reason = f"{config.parts} needs another picture, and no other of its shard can be read"
+            rejected.append(Rejected(batch[0].source, int(batch[0].key), "label", reason))
+        elif batch:
+            yield from _label(batch, labeller)
+
+
+def _batches(loads: list[Load], config: ExtractConfig, rejected: list[Rejected]) -> Iterator[list[Stored]]:
+    """The pictures that can be read, `batch_size` inputs at a time; the next are prepared meanwhile."""
     with ThreadPoolExecutor(config.run.threads) as pool:
 
         def submit(start: int) -> list[Future[Stored | Rejected]]:
@@ -51,13 +63,23 @@ def _labelled(
             following = submit(start + config.batch_size)
             outcomes = [future.result() for future in waiting]
             rejected.extend(outcome for outcome in outcomes if isinstance(outcome, Rejected))
-            yield from _label([outcome for outcome in outcomes if isinstance(outcome, Stored)], labeller)
+            yield [outcome for outcome in outcomes if isinstance(outcome, Stored)]
             waiting = following
 
 
+def never_alone(batches: Iterable[list[Stored]], size: int) -> Iterator[list[Stored]]:
+    """The same pictures in batches of `size` (of 2 where that is 1), the last of 2 to `size` + 1: a picture is alone
+    only where there is no other. Shuffled labels are those of the next picture of the batch."""
+    size, ready = max(2, size), []
+    for batch in batches:
+        ready += batch
+        while len(ready) > size + 1:
+            yield ready[:size]
+            ready = ready[size:]
+    yield ready
+
+
 def _label(batch: list[Stored], labeller: AnyLabeller) -> Iterator[LabelledPicture]:
-    if not batch:
-        return
     if isinstance(labeller, TruthLabeller):
         labels = labeller(batch)
     else:

@@ -14,8 +14,14 @@ class EncoderConfig:
     images: str
     """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     teacher: str | None = None
-    """Frozen encoder whose tokens are learned: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    """Frozen encoder whose tokens are learned: small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
+    teacher_blocks: tuple[int, ...] = ()
+    """The student begins as these blocks of the teacher (from 0), with its patches and positions, and its tokens
+    themselves learn to point where the teacher's do; --patch, --dim, --depth and --heads go unused. Else it is drawn at
+    random, and a linear map of its tokens learns it."""
+    class_weight: float = 1.0
+    """With --teacher: weight of the class token's loss; 0 teaches patches alone, and better (parts need no more)."""
     size: int = 224
     """Side of a (global) crop in pixels."""
     local_size: int = 96
@@ -55,7 +61,9 @@ class EncoderConfig:
     run: RunConfig
 
     def __post_init__(self):
-        for name in ("size", "local_size") if self.teacher is None else ("size",):
+        if self.teacher_blocks and self.teacher is None:
+            raise ValueError("--teacher-blocks needs the --teacher whose blocks they are")
+        for name in () if self.teacher_blocks else ("size", "local_size") if self.teacher is None else ("size",):
             if getattr(self, name) % self.patch:
                 raise ValueError(f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}")
         if self.dim % self.heads:
@@ -74,6 +82,8 @@ PAPER = {
     "background": False,
     "where": "everywhere",
     "relative": False,
+    "whiten": 0,
+    "diffusion": 0,
     "init": "heads",
     "softmax": "positions",
     "target": "pixels",
@@ -90,31 +100,35 @@ class LearnConfig:
     images: str
     """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     encoder: str
-    """Frozen encoder: timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    """Frozen encoder: small (comes with the project; it reads best at --encoder-block 3 --whiten 32), timm:NAME,
+    timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
     encoder_block: int | None = None
-    """Tokens as this block (from 0) reads them; the last block unless told."""
+    """Tokens as this block (from 0) reads them, or after the final norm (the number of blocks); the last block's unless
+    told."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     parts: int = 6
     """Parts to learn."""
     paper: bool = False
     """The paper's literal form: pixels rebuilt from maps of the whole picture, no k-means, no background. Sets
-    --target, --where, --init, --softmax, --relative and --background."""
+    --target, --where, --init, --softmax, --relative, --whiten, --diffusion and --background. The foreground's rank
+    alone is not the paper's: its summed maps (--foreground maps) rank below the centre prior."""
     background: bool = True
     """One more label, for cells outside the foreground."""
     foreground_share: float | None = None
     """Share of a picture's cells that counts as foreground; unless told, Otsu's threshold decides in each picture."""
-    foreground: Literal["border", "component", "cut", "attention", "maps"] = "border"
-    """What ranks the foreground: distance of tokens to the border's mean, their first principal component, a normalised
-    cut of their graph, class attention, or the learned maps."""
+    foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] = "contrast"
+    """What ranks the foreground: likeness of tokens to the object's mean rather than the ground's, both found from the
+    border; distance to the border's mean; their first principal component; a normalised cut of their graph; class
+    attention; or the learned maps."""
     where: Literal["foreground", "everywhere"] = "foreground"
     """Which cells the parts are learned on."""
     relative: bool = True
     """Tokens minus the picture's mean (foreground) token, so that parts do not become classes."""
     whiten: int = 64
-    """Leading directions of the relative tokens that are read, each with the same variance (relative only)."""
+    """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are."""
     diffusion: int = 3
-    """Rounds in which a cell's token becomes the mean of its picture's cells like it (relative only); 0 = none."""
+    """Rounds in which a cell's token becomes the mean of its picture's cells like it; 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
     softmax: Literal["parts", "positions"] = "parts"
@@ -161,14 +175,11 @@ class LearnConfig:
         scale = self.decoder_size / self.grid
         if self.target == "pixels" and scale not in (1, 2, 4, 8, 16):
             raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
-        if self.whiten < 1 or self.diffusion < 0:
+        if self.whiten < 0 or self.diffusion < 0:
+            raise ValueError(f"whiten and diffusion must not be negative, got {self.whiten} and {self.diffusion}")
+        if self.init != "kmeans" and (self.relative or self.whiten or self.diffusion):
             raise ValueError(
-                f"whiten must be at least 1 and diffusion not negative, got {self.whiten} and {self.diffusion}"
-            )
-        if self.relative != (self.init == "kmeans"):
-            raise ValueError(
-                "relative tokens and the k-means start belong together: use both, or --no-relative "
-                f"with --init heads or random; got relative={self.relative} and init={self.init}"
+                f"--init {self.init} reads the encoder's own tokens; add --no-relative --whiten 0 --diffusion 0"
             )
         if self.foreground == "maps" and self.where == "foreground":
             raise ValueError("--foreground maps needs maps learned everywhere; add --where everywhere")
@@ -194,10 +205,11 @@ class ExtractConfig:
     """Pictures: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
     relabel: Path | None = None
     """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
-    parts: Path
-    """Run folder of a part learner (`learn-parts`), or a baseline: heads, heads-mass, kmeans-image, regions, grid,
-    bands, shuffled-heads, shuffled-kmeans-image; or truth: FOLDER/labels/NAME.png (part ids, 0 = background, 255 =
-    unknown) or FOLDER/masks/NAME.png (0, 255) beside FOLDER/images/NAME.jpg."""
+    parts: Path = Path("small")
+    """Run folder of a part learner (`learn-parts`); small, the one that comes with the project; a baseline: heads,
+    heads-mass, kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image; or truth:
+    FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0, 255) beside
+    FOLDER/images/NAME.jpg."""
     encoder: str | None = None
     """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
     encoder_block: int | None = None
@@ -237,6 +249,8 @@ class ExtractConfig:
             raise ValueError(
                 "--parts truth looks through no encoder; leave out --attention, --encoder and --encoder-block"
             )
+        if not 1 <= self.count <= 255:
+            raise ValueError(f"count must lie between 1 and 255 (labels are bytes), got {self.count}")
         if self.size < 16:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:

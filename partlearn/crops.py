@@ -1,5 +1,6 @@
 """The views that one step shows, drawn for the whole batch so that any number of ranks sees the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,10 +93,14 @@ def unit(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 
     return images.permute(0, 3, 1, 2).float() / 255
 
 
-def normalised(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """Pixels in [0, 1] minus ImageNet's mean, over its deviation: what our encoders read."""
-    mean, std = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+def normalised(
+    pixels: Float[Tensor, "batch 3 height width"],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels in [0, 1] minus the mean, over the deviation: what a ViT reads."""
+    shift, scale = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    return (pixels - shift) / scale
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -23,7 +23,7 @@ from partlearn.views import PictureBatches
 from shards.pictures import PictureList, list_pictures
 from training import checkpoint, distributed
 from training.device import pick_device, plain_attention_on_cpu
-from training.metrics import Metrics
+from training.metrics import Metrics, last_figures
 from training.progress import Progress
 from training.run import RunFolder
 
@@ -63,8 +63,8 @@ def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objectiv
     """What is trained, on the device, its weights drawn from the seed."""
     teacher = None
     if config.teacher is not None:
-        grid = config.size // config.patch
-        teacher = load_encoder(config.teacher, grid=grid, device=device, precision=config.run.precision)
+        at = {"size": config.size} if config.teacher_blocks else {"grid": config.size // config.patch}
+        teacher = load_encoder(config.teacher, **at, device=device, precision=config.run.precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         objective = StudentTeacher(config) if teacher is None else FromTeacher(config, teacher)
@@ -102,7 +102,9 @@ def _train(
         world_size=distributed.world_size(),
     )
     clock, began = checkpoint.Clock(config.run.checkpoint_minutes), time.monotonic()
-    first, shown, measured, warned = step, {}, {}, False
+    first, shown, measured = step, last_figures(run.path, step=step), {}
+    shown.pop("images_per_second", None)
+    warned = _warn_of_collapse(config, shown, step=step, total=total)
     try:
         for images, _ in batches if step < last else ():
             shown = train_step(objective, optimizer, images.to(device), config, step=step, total=total)
@@ -110,12 +112,12 @@ def _train(
             if monitor and (step == total or _ends_period(step, config, count)):
                 measured = {"knn": monitor(objective.encoder, config.run.precision)}
                 shown |= measured
+            if step == last:
+                shown["unreadable"] = _unreadable(batches, count, device)
             speed = (step - first) * config.batch_size / (time.monotonic() - began)
             metrics.log(step - 1, **shown, images_per_second=speed)
             progress.advance(loss=shown["loss_class"] + shown["loss_patch"], **measured)
-            if not warned and step > total / 4 and shown["told_apart"] < COLLAPSED:
-                warned = True
-                _warn_of_collapse(config, step)
+            warned = warned or _warn_of_collapse(config, shown, step=step, total=total)
             if not all(math.isfinite(value) for value in shown.values()):
                 raise FloatingPointError(f"the loss is not finite at step {step}; start again with a lower --base-lr")
             if step >= last:
@@ -123,17 +125,19 @@ def _train(
             if clock.due():
                 save(run.path, step, objective, optimizer, config)
         save(run.path, step, objective, optimizer, config)
-        report = {
-            "verb": "encoder",
-            "steps": step,
-            "pictures": count,
-            "unreadable": _unreadable(batches, count, device),
-        }
     finally:
         batches.close()
         progress.close()
         metrics.close()
-    report |= {"pictures_digest": pictures.digest, "seconds": round(time.monotonic() - began, 1), **shown}
+    report = {
+        "verb": "encoder",
+        "steps": step,
+        "pictures": count,
+        "unreadable": int(shown.pop("unreadable", 0)),
+        "pictures_digest": pictures.digest,
+        "seconds": round(time.monotonic() - began, 1),
+        **shown,
+    }
     if step == total:
         run.finish(report)
     distributed.barrier()
@@ -146,14 +150,17 @@ def _ends_period(step: int, config: EncoderConfig, pictures: int) -> bool:
     return step * config.batch_size // period > (step - 1) * config.batch_size // period
 
 
-def _warn_of_collapse(config: EncoderConfig, step: int) -> None:
-    if distributed.is_main():
+def _warn_of_collapse(config: EncoderConfig, shown: dict[str, float], *, step: int, total: int) -> bool:
+    """Whether there was reason to."""
+    collapsed = step > total / 4 and shown.get("told_apart", 1.0) < COLLAPSED
+    if collapsed and distributed.is_main():
         remedy = "" if config.teacher else " or a higher --teacher-momentum"
         print(
             f"the encoder says the same of every picture at step {step} (collapse); "
             f"start again with a lower --base-lr{remedy}",
             file=sys.stderr,
         )
+    return collapsed
 
 
 def _unreadable(batches: PictureBatches, count: int, device: torch.device) -> int:

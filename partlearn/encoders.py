@@ -18,7 +18,9 @@ from training.device import autocast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
-SOURCES = "timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
+SOURCES = "small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
+SMALL = Path(__file__).parent / "small"
+"""What comes with the project (its README.md is the model card): an encoder, and six parts learned on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Tokens:
     patch_tokens: Float[Tensor, "batch patches dim"]
     """After the final norm."""
     block_tokens: Float[Tensor, "batch tokens dim"]
-    """Class token, then patches (registers dropped), as the chosen block reads them: after its first norm."""
+    """Class token, then patches (registers dropped), as the chosen block reads them: after its first norm. Where the
+    number of blocks is chosen, as after the final norm."""
     class_attention: Float[Tensor, "batch heads patches"]
     """The class token's attention in the last block; a row sums to less than 1, the prefix tokens keep the rest."""
 
@@ -58,8 +61,8 @@ class Encoder:
         self.patch = int(model.patch_embed.patch_size[0])
         self.size, self.grid = size, size // self.patch
         self.block = self.depth - 1 if block is None else block
-        if not 0 <= self.block < self.depth:
-            raise ValueError(f"encoder_block must lie between 0 and {self.depth - 1} for {source}, got {block}")
+        if not 0 <= self.block <= self.depth:
+            raise ValueError(f"encoder_block must lie between 0 and {self.depth} for {source}, got {block}")
         self.device, self.precision = device, precision
         self._mean = torch.tensor(mean, device=device).reshape(3, 1, 1)
         self._std = torch.tensor(std, device=device).reshape(3, 1, 1)
@@ -107,6 +110,8 @@ class Encoder:
                     attention = class_attention(block.attn, block.norm1(x), rotation)
                 x = block(x) if rotation is None else block(x, rope=rotation)  # timm's plain blocks take no rope
             x = self.model.norm(x)
+            if self.block == self.depth:
+                seen = x
         return Tokens(
             class_token=x[:, 0].float(),
             patch_tokens=x[:, prefix:].float(),
@@ -127,8 +132,10 @@ def load_encoder(
     """The encoder that `source` names, for pictures of `size` pixels or for `grid` patches a side.
 
     Args:
-        source: timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE · run:DIR (ours) · random:NAME (control).
-        block: The block whose input tokens are wanted, from 0; the last one unless told.
+        source: small (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE ·
+            run:DIR (ours) · random:NAME (control).
+        block: The block whose input tokens are wanted, from 0; the number of blocks means after the final norm, and
+            None the last block.
 
     Raises:
         ValueError: The source is none of these, its architecture is unknown, or the size does not fit its patches.
@@ -136,6 +143,8 @@ def load_encoder(
         CheckpointError: The weights do not fit the architecture, or the hub cannot be reached.
     """
     kind, _, name = source.partition(":")
+    if source == "small":
+        kind, name = "run", str(SMALL / "encoder.safetensors")
     if not name or kind not in ("timm", "ibot", "dino", "run", "random"):
         raise ValueError(f"an encoder source must be {SOURCES}, got {source!r}")
     architecture, _, file = name.partition("=")

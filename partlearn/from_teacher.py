@@ -12,14 +12,21 @@ from partlearn.config import EncoderConfig
 from partlearn.crops import draw_twins, normalised
 from partlearn.encoders import Encoder
 from partlearn.objective import Losses, Objective
-from partlearn.student import new_student, vit_tokens
+from partlearn.parts import whitening_from
+from partlearn.student import blocks_of, new_student, vit_tokens
 from training import distributed
 from training.checkpoint import CheckpointError
 from training.device import autocast
 
+WHITENED = 6
+"""One in so many of the teacher's directions, the leading ones, weigh the same in the loss: 64 of ViT-S's 384."""
+
 
 class FromTeacher(Objective):
     """The student's tokens, through a linear layer each for class and patches, point where the teacher's do.
+
+    A student of the teacher's own blocks needs no such layers: its tokens become the teacher's centred ones, which are
+    near, and a map drawn at random would take it away from them first (docs/log.md).
 
     Both see the same crop in the same colours (arXiv:2106.05237), each at its own size and on the same grid.
     """
@@ -30,16 +37,27 @@ class FromTeacher(Objective):
         super().__init__()
         self.config, self.teacher = config, teacher  # an Encoder is no module: neither trained nor saved
         self.picture_size = max(config.size, teacher.size)
-        self.student = new_student(config)
-        self.class_projection = nn.Linear(config.dim, teacher.dim)
-        self.patch_projection = nn.Linear(config.dim, teacher.dim)
+        if config.teacher_blocks:
+            self.mean, self.std = teacher.description["mean"], teacher.description["std"]
+            self.student = blocks_of(teacher, config.teacher_blocks)
+            self.class_projection, self.patch_projection = nn.Identity(), nn.Identity()
+        else:
+            self.student = new_student(config)
+            self.class_projection = nn.Linear(config.dim, teacher.dim)
+            self.patch_projection = nn.Linear(config.dim, teacher.dim)
         self.class_mean: Tensor
         self.patch_mean: Tensor
         self.register_buffer("class_mean", torch.zeros(teacher.dim))
         self.register_buffer("patch_mean", torch.zeros(teacher.dim))
+        self.covariance: Tensor
+        self.register_buffer("covariance", torch.zeros(teacher.dim, teacher.dim))
 
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
-        """Cosine losses of one step's crops against the teacher's centred tokens; moves the means, then uses them."""
+        """Cosine losses of one step's crops against the teacher's tokens; moves the statistics, then uses them.
+
+        Patches are compared twice: centred over all pictures, and as the part learner reads them, within their picture
+        and whitened. Parts lie in directions of small variance, which the first alone hardly teaches (docs/log.md).
+        """
         ours, theirs = draw_twins(
             images,
             (self.config.size, self.teacher.size),
@@ -50,15 +68,19 @@ class FromTeacher(Objective):
         )
         seen = self.teacher((255 * theirs).round().byte().permute(0, 2, 3, 1))
         with autocast(images.device, self.config.run.precision):
-            tokens = vit_tokens(self.student, normalised(ours)).float()
-        self.class_mean.copy_(running_mean(self.class_mean, seen.class_token, step=step))
-        self.patch_mean.copy_(running_mean(self.patch_mean, seen.patch_tokens, step=step))
+            tokens = vit_tokens(self.student, normalised(ours, self.mean, self.std)).float()
+        self.class_mean.copy_(running_mean(self.class_mean, seen.class_token.mean(dim=0), step=step))
+        self.patch_mean.copy_(running_mean(self.patch_mean, seen.patch_tokens.mean(dim=(0, 1)), step=step))
+        relative = within_picture(seen.patch_tokens)
+        self.covariance.copy_(running_mean(self.covariance, covariance(relative), step=step))
+        whitening = whitening_from(self.covariance.cpu(), max(1, self.teacher.dim // WHITENED)).to(relative)
         of_picture = self.class_projection(tokens[:, 0])
         of_cells = self.patch_projection(tokens[:, 1:])
         return Losses(
-            cosine_loss(of_picture, seen.class_token - self.class_mean),
-            cosine_loss(of_cells, seen.patch_tokens - self.patch_mean),
-            {"told_apart": told_apart(of_picture)},
+            self.config.class_weight * cosine_loss(of_picture, seen.class_token - self.class_mean),
+            cosine_loss(of_cells, seen.patch_tokens - self.patch_mean)
+            + cosine_loss(within_picture(of_cells) @ whitening, relative @ whitening),
+            {"told_apart": told_apart(of_picture if self.config.class_weight else of_cells.mean(dim=1))},
         )
 
     def get_extra_state(self) -> str:
@@ -77,16 +99,25 @@ def cosine_loss(predicted: Float[Tensor, "*axes dim"], target: Float[Tensor, "*a
     return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
 
 
-def running_mean(
-    mean: Float[Tensor, " dim"], tokens: Float[Tensor, "*axes dim"], *, step: int
-) -> Float[Tensor, " dim"]:
-    """μ ← μ + (mean of this step's tokens - μ) / (step + 1): the mean over all tokens of the steps so far.
+def within_picture(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
+    """Tokens minus their picture's mean."""
+    return tokens - tokens.mean(dim=1, keepdim=True)
+
+
+def covariance(centred: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "dim dim"]:
+    """Of centred tokens, over all patches."""
+    points = centred.flatten(0, 1)
+    return points.T @ points / len(points)
+
+
+def running_mean(mean: Float[Tensor, "*axes"], now: Float[Tensor, "*axes"], *, step: int) -> Float[Tensor, "*axes"]:
+    """μ ← μ + (this step's mean over all ranks - μ) / (step + 1): the mean over all the steps so far.
 
     The teacher is frozen, so its mean is one number a dimension, and all steps tell equally much of it. It is taken off
     because a transformer's tokens share a large direction: two tokens of unlike things may have a cosine of .8. Against
     such targets a student that always gives the mean loses little, and the differences that matter hardly pull.
     """
-    return mean.lerp(distributed.mean(tokens.flatten(0, -2).mean(dim=0)), 1 / (step + 1))
+    return mean.lerp(distributed.mean(now), 1 / (step + 1))
 
 
 def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:

@@ -7,13 +7,14 @@ from torch.nn import functional as F
 
 from partlearn.losses import pairwise_cosine
 
-IGNORED, COLLAPSED, ALIKE, SPECKLED = 0.01, 0.8, 0.9, 0.1
-"""Bounds of what is complained of: a part's share, the largest share, mean cosine of maps, share of lone cells."""
+IGNORED, COLLAPSED, ALIKE, SPECKLED = 0.06, 0.8, 0.9, 0.1
+"""Bounds of what is complained of: a part's share times the number of parts, the largest share, mean cosine of maps,
+share of lone cells."""
 
 
 def health(maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]) -> dict[str, float]:
-    """Means over pictures, inside `cells`: parts_used (of at least 1 % of the cells), largest_share, speckle,
-    cosine (mean over pairs of maps), and area_0, area_1, ... (each part's share)."""
+    """Means over pictures, inside `cells`: parts_used (of at least IGNORED / parts of the cells), largest_share,
+    speckle, cosine (mean over pairs of maps), and area_0, area_1, ... (each part's share)."""
     parts = maps.shape[1]
     labels = maps.argmax(dim=1).masked_fill(~cells, parts)
     area = F.one_hot(labels, parts + 1)[..., :parts].sum(dim=1) / cells.sum(dim=1, keepdim=True).clamp(min=1)
@@ -21,7 +22,7 @@ def health(maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batc
     pairs = (cosine.sum(dim=(1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (parts * (parts - 1))
     shares = {f"area_{part}": share for part, share in enumerate(area.mean(dim=0).tolist())}
     return {
-        "parts_used": (area >= 0.01).sum(dim=1).float().mean().item(),
+        "parts_used": (area >= IGNORED / parts).sum(dim=1).float().mean().item(),
         "largest_share": area.amax(dim=1).mean().item(),
         "speckle": speckle(labels, cells),
         "cosine": pairs.mean().item(),
@@ -39,13 +40,19 @@ def speckle(labels: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch p
     return (alone & cells).sum().item() / max(1, int(cells.sum()))
 
 
-def complaints(figures: dict[str, float], parts: int) -> list[str]:
-    """What looks wrong in the figures of `health`, each with its likely cause; nothing where all is well."""
+def complaints(figures: dict[str, float], parts: int, *, trained: bool) -> list[str]:
+    """What looks wrong in the figures of `health`, each with its likely cause; nothing where all is well.
+
+    Args:
+        trained: Steps were taken, so that the weights of the loss matter.
+    """
+    another = "read another --encoder-block"
+    used, apart = ("raise --balance", "raise --diversity") if trained else (another, another)
     areas = [figures.get(f"area_{part}", 1.0) for part in range(parts)]
     found = [
-        f"part {part} covers {area:.1%} of the cells: it has vanished; ask for fewer --parts, or raise --balance"
+        f"part {part} covers {area:.2%} of the cells: it has vanished; ask for fewer --parts, or {used}"
         for part, area in enumerate(areas)
-        if area < IGNORED
+        if area < IGNORED / parts
     ]
     if figures.get("largest_share", 0.0) > COLLAPSED:
         found.append(
@@ -55,7 +62,7 @@ def complaints(figures: dict[str, float], parts: int) -> list[str]:
     if figures.get("cosine", 0.0) > ALIKE:
         found.append(
             f"the maps are alike (mean cosine {figures['cosine']:.2f}): they were started alike, or rebuild nothing; "
-            "start from k-means, or raise --diversity"
+            f"start from k-means, or {apart}"
         )
     if figures.get("speckle", 0.0) > SPECKLED:
         found.append(

@@ -17,21 +17,28 @@ def spherical_kmeans(
     """Unit centres that maximise the mean cosine to the nearest; the best of `starts` k-means++ seedings.
 
     A centre that loses all its points moves to the point worst served.
+
+    Raises:
+        ValueError: There are fewer points than centres.
     """
-    best, best_fit = None, -torch.inf
-    for _ in range(starts):
-        centres = _spread(points, count, generator)
-        for _ in range(rounds):
-            cosine, nearest = (points @ centres.T).max(dim=1)
-            sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-            empty = torch.bincount(nearest, minlength=count) == 0
-            sums[empty] = points[cosine.argsort()[: int(empty.sum())]]
-            centres = F.normalize(sums, dim=1)
-        fit = (points @ centres.T).amax(dim=1).mean().item()
-        if best is None or fit > best_fit:
-            best, best_fit = centres, fit
-    assert best is not None
-    return best
+    if len(points) < count:
+        raise ValueError(
+            f"k-means of {count} parts needs as many cells, and there are {len(points)}; ask for fewer --parts, or "
+            "give more pictures or a finer --grid"
+        )
+    found = [_settled(points, _spread(points, count, generator), rounds) for _ in range(starts)]
+    return max(found, key=lambda centres: (points @ centres.T).amax(dim=1).mean().item())
+
+
+def _settled(points: Tensor, centres: Tensor, rounds: int) -> Tensor:
+    """Lloyd's rounds: each centre becomes the direction of the sum of its points."""
+    for _ in range(rounds):
+        cosine, nearest = (points @ centres.T).max(dim=1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        empty = torch.bincount(nearest, minlength=len(centres)) == 0
+        sums[empty] = points[cosine.argsort()[: int(empty.sum())]]
+        centres = F.normalize(sums, dim=1)
+    return centres
 
 
 def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

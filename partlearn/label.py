@@ -26,14 +26,16 @@ class Labels:
     attn: UInt8[np.ndarray, "batch heads rows cols"] | None
     """Class attention of each head, scaled so that its most attended cell is 255; where it was asked for."""
     confidence: UInt8[np.ndarray, " batch"]
-    """That there is an object, in hundredths; see `foreground.confidence`."""
+    """That there is an object, in hundredths; see `foreground.confidence`. Of shuffled labels, in the picture that they
+    are of."""
 
 
 class Labeller:
     """A frozen encoder and the part learner that was trained on it, or a baseline on any encoder.
 
     Args:
-        parts: Run folder of a part learner, or the name of a baseline (`partlearn/baselines.py`).
+        parts: Run folder of a part learner, `small` (the one that comes with the project), or the name of a baseline
+            (`partlearn/baselines.py`).
         encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
         grid, block, count: Of a baseline: cells a side (28), the block whose tokens are read, parts.
 
@@ -98,10 +100,16 @@ class Labeller:
         return {
             "encoder": self.encoder.description,
             "learner_sha256": self.sha256,
+            "parts": self.learner.shape.parts,
             **(self.learner.describe() if isinstance(self.learner, Baseline) else {}),
             "device": device.type,
             "precision": precision,
         }
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether a picture has the labels of another, and cannot be labelled alone."""
+        return isinstance(self.learner, Baseline) and self.learner.shuffled
 
     @property
     def heads(self) -> int:
@@ -123,6 +131,7 @@ class Labeller:
                 f"{self.encoder.description['source']} gives tokens that are not finite; try --precision fp32"
             )
         parts, rank = self.learner.label(tokens)
+        labelled = self.learner.labelled(tokens) if isinstance(self.learner, Baseline) else tokens
         shape = (len(parts), self.grid, self.grid)
         attn = None
         if self.attention:
@@ -132,5 +141,5 @@ class Labeller:
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),
             attn,
-            (100 * confidence(tokens.patch_tokens, rank)).round().byte().cpu().numpy(),
+            (100 * confidence(labelled.patch_tokens, rank)).round().byte().cpu().numpy(),
         )

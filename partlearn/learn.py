@@ -22,7 +22,7 @@ from shards.atomic import sha256_json
 from shards.pictures import list_pictures
 from training import checkpoint, distributed
 from training.device import autocast, pick_device
-from training.metrics import Metrics
+from training.metrics import Metrics, last_figures
 from training.progress import Progress
 from training.run import RunFolder
 from training.schedule import learning_rate
@@ -49,6 +49,7 @@ def learn(
     """
     joined = distributed.start(config.run.device)
     try:
+        _refuse_ranks(config, distributed.world_size())
         with RunFolder.open(config) as run:
             distributed.barrier()
             return run.report() if run.finished else _train(config, run, encoder, stop_after_steps)
@@ -57,12 +58,20 @@ def learn(
             distributed.stop()
 
 
+def _refuse_ranks(config: LearnConfig, ranks: int) -> None:
+    """Before anything is read or written."""
+    if config.batch_size % ranks:
+        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
+    if config.kept_views and ranks > 1:
+        raise ValueError(
+            f"{ranks} ranks cannot share views kept in memory (--views {config.views}); take --views 0, fresh crops "
+            "every step"
+        )
+
+
 def _train(
     config: LearnConfig, run: RunFolder, encoder: Encoder | None, stop_after_steps: int | None
 ) -> dict[str, Any]:
-    ranks = distributed.world_size()
-    if config.batch_size % ranks:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
     device = pick_device(config.run.device)
     pictures = list_pictures(config.images)
     encoder = encoder or load_encoder(
@@ -85,13 +94,14 @@ def _train(
     if not resumed:
         start(learner, config, encoder, views)
         distributed.same(learner.state_dict().values())
-    batches = views.batches(step=step, rank=distributed.rank(), world_size=ranks)
+    batches = views.batches(step=step, rank=distributed.rank(), world_size=distributed.world_size())
     metrics, progress = Metrics(run.path, step=step), Progress(config.updates, "parts", "steps", done=step)
     clock = checkpoint.Clock(config.run.checkpoint_minutes)
-    figures: dict[str, float] = {}
+    figures = last_figures(run.path, step=step)
     if not config.updates:
+        figures = over_ranks(_start_health(learner, next(batches)), device)
+        metrics.log(0, **figures)
         _save(run, 0, learner, encoder, optimiser)
-        figures = _start_health(learner, next(batches))
     end = min(config.updates, stop_after_steps or config.updates)
     while step < end:
         for group in optimiser.param_groups:
@@ -100,9 +110,8 @@ def _train(
             )
         loss, parts_of_loss, maps, cells = train_step(learner, optimiser, config, encoder, next(batches))
         if step % LOG_EVERY == 0 or step == config.updates - 1:
-            ours = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
-            mean = distributed.mean(torch.tensor(list(ours.values()), device=device))
-            figures = dict(zip(ours, mean.tolist(), strict=True))
+            figures = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
+            figures = over_ranks(figures, device)
             metrics.log(step, **figures)
         step += 1
         progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
@@ -110,7 +119,7 @@ def _train(
             _save(run, step, learner, encoder, optimiser)
     progress.close()
     metrics.close()
-    for complaint in complaints(figures, config.parts) if distributed.is_main() else ():
+    for complaint in complaints(figures, config.parts, trained=step > 0) if distributed.is_main() else ():
         print(complaint, file=sys.stderr)
     report = {
         "steps": step,
@@ -174,6 +183,12 @@ def _loss(
     return loss, terms, maps, cells
 
 
+def over_ranks(ours: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each figure over the ranks."""
+    mean = distributed.mean(torch.tensor(list(ours.values()), device=device))
+    return dict(zip(ours, mean.tolist(), strict=True))
+
+
 @torch.no_grad()
 def _start_health(learner: PartLearner, view: View) -> dict[str, float]:
     cells = learner.learned_cells(view.tokens)
@@ -184,7 +199,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
     """A learner for the encoder's tokens, its weights drawn from the seed; see `start`."""
     shape = LearnerShape(
         dim=encoder.dim,
-        width=min(config.whiten, encoder.dim) if config.relative else encoder.dim,
+        width=min(config.whiten or encoder.dim, encoder.dim),
         heads=encoder.heads,
         grid=config.grid,
         parts=config.parts,
@@ -193,6 +208,9 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         foreground_share=config.foreground_share,
         where=config.where,
         relative=config.relative,
+        from_class=config.updates > 0 or config.init != "kmeans",
+        whitened=config.whiten > 0,
+        unit=config.init == "kmeans",
         diffusion=config.diffusion,
         softmax=config.softmax,
         target=config.target,

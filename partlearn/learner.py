@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from partlearn.affinity import diffused
 from partlearn.decoder import PictureDecoder, blur
-from partlearn.encoders import Tokens
+from partlearn.encoders import SMALL, Tokens
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
-from partlearn.parts import PartAttention, Softmax, balanced, part_maps, relative_tokens
+from partlearn.parts import PartAttention, Prototypes, Softmax, balanced, centred_tokens, part_maps
 from training.checkpoint import CheckpointError, find, load_tensors
 
 
@@ -32,6 +33,11 @@ class LearnerShape:
     foreground_share: float | None
     where: Literal["foreground", "everywhere"]
     relative: bool
+    from_class: bool
+    """Queries come from the class token (Eq. 1), which only training teaches; without, they are prototypes alone."""
+    whitened: bool
+    unit: bool
+    """Tokens are read at unit length."""
     diffusion: int
     softmax: Softmax
     target: Literal["features", "pixels"]
@@ -49,9 +55,14 @@ class PartLearner(nn.Module):
     def __init__(self, shape: LearnerShape):
         super().__init__()
         self.shape = shape
-        self.attention = PartAttention(shape.dim, shape.width, shape.parts, shape.dim // shape.heads)
-        self.whitening: Tensor
-        self.register_buffer("whitening", torch.eye(shape.dim, shape.width))
+        self.attention: PartAttention | Prototypes
+        if shape.from_class:
+            self.attention = PartAttention(shape.dim, shape.width, shape.parts, shape.dim // shape.heads)
+        else:
+            self.attention = Prototypes(shape.width, shape.parts)
+        if shape.whitened:
+            self.whitening: Tensor
+            self.register_buffer("whitening", torch.zeros(shape.dim, shape.width))
         if shape.target == "features":
             self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.width))
         else:
@@ -61,52 +72,61 @@ class PartLearner(nn.Module):
         """The cells parts are learned on."""
         if self.shape.where == "everywhere":
             return torch.ones(tokens.patch_tokens.shape[:2], dtype=torch.bool, device=tokens.patch_tokens.device)
-        return object_cells(self._score(tokens, None), self.shape.foreground_share)
+        return self._object(self._score(tokens))
 
     def read(
         self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]
     ) -> tuple[Float[Tensor, "batch parts patches"], Float[Tensor, "batch patches width"]]:
         """Logits of Eq. 2 and the tokens they were computed from."""
-        patches = tokens.block_tokens[:, 1:]
-        if self.shape.relative:
-            patches = diffused(relative_tokens(patches, cells, self.whitening), cells, self.shape.diffusion)
+        patches = self.seen(tokens, cells)
+        if self.shape.whitened:
+            patches = patches @ self.whitening
+        if self.shape.unit:
+            patches = F.normalize(patches, dim=-1)
+        patches = diffused(patches, cells, self.shape.diffusion)
         return self.attention.logits(tokens.block_tokens[:, 0], patches), patches
 
-    def maps(self, tokens: Tokens) -> Float[Tensor, "batch parts patches"]:
-        """M of Eq. 2."""
-        cells = self.learned_cells(tokens)
-        return part_maps(self.read(tokens, cells)[0], self.shape.softmax, cells)
+    def seen(self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch patches dim"]:
+        """The encoder's tokens, relative to their picture's where so asked: what is whitened."""
+        patches = tokens.block_tokens[:, 1:]
+        return centred_tokens(patches, cells) if self.shape.relative else patches
 
     @torch.no_grad()
     def label(self, tokens: Tokens) -> tuple[Int64[Tensor, "batch patches"], Int64[Tensor, "batch patches"]]:
         """Part of each cell (argmax of unblurred maps, ties to the lower part; the background last) and its rank
         in foreground."""
-        cells = self.learned_cells(tokens)
+        score = None if self.shape.foreground == "maps" else self._score(tokens)
+        cells = self.learned_cells(tokens) if self.shape.where == "everywhere" or score is None else self._object(score)
         logits, _ = self.read(tokens, cells)
         parts = balanced(logits, self.shape.softmax, cells).argmax(dim=1)
-        score = self._score(tokens, part_maps(logits, self.shape.softmax, cells))
+        if score is None:
+            score = self._of_maps(part_maps(logits, self.shape.softmax, cells))
         if self.shape.background:
-            parts = parts.masked_fill(~object_cells(score, self.shape.foreground_share), self.shape.parts)
+            parts = parts.masked_fill(~self._object(score), self.shape.parts)
         return parts, foreground_rank(score)
 
-    def _score(
-        self, tokens: Tokens, maps: Float[Tensor, "batch parts patches"] | None
-    ) -> Float[Tensor, "batch patches"]:
-        if self.shape.foreground != "maps":
-            return foreground_score(tokens, self.shape.foreground)
-        if maps is None:
+    def _object(self, score: Float[Tensor, "batch patches"]) -> Bool[Tensor, "batch patches"]:
+        return object_cells(score, self.shape.foreground_share)
+
+    def _score(self, tokens: Tokens) -> Float[Tensor, "batch patches"]:
+        if self.shape.foreground == "maps":
             raise ValueError("the learned maps cannot rank the foreground that they are learned on")
+        return foreground_score(tokens, self.shape.foreground)
+
+    def _of_maps(self, maps: Float[Tensor, "batch parts patches"]) -> Float[Tensor, "batch patches"]:
+        """The blurred sum of the maps."""
         grid = self.shape.grid
         return blur(maps.sum(dim=1).reshape(-1, 1, grid, grid)).flatten(1)
 
 
 def load_learner(run: Path) -> tuple[PartLearner, dict[str, Any], str]:
-    """The part learner of a run folder, the description of its encoder, and the sha256 of its shape and weights.
+    """The part learner of a run folder (or `small`, which comes with the project), the description of its encoder, and
+    the sha256 of its shape and weights.
 
     Raises:
         FileNotFoundError, CheckpointError: There is no run, no whole checkpoint in it, or one of something else.
     """
-    file = find(run)
+    file = SMALL / "parts.safetensors" if str(run) == "small" else find(run)
     tensors, metadata = load_tensors(file)
     if "learner" not in metadata:
         raise CheckpointError(f"{file} holds no part learner; expected a run of `semmae learn-parts`")

@@ -1,10 +1,13 @@
 """What the loop of the verb `encoder` asks of the thing it trains."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,9 @@ class Objective(nn.Module):
     """Name of the submodule that is the encoder; everything else is state, kept for resuming."""
     picture_size: int
     """Side of the squares that crops are cut from, in pixels."""
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    """What the encoder's pixels are normalised by."""
 
     @property
     def encoder(self) -> VisionTransformer:

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from partlearn.config import EncoderConfig
-from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
 from partlearn.objective import Objective
+from partlearn.student import vit_description
 from training import checkpoint, distributed
 
 
@@ -15,13 +15,9 @@ def save(run: Path, step: int, objective: Objective, optimizer: torch.optim.Opti
     if not distributed.is_main():
         return
     vit = {
-        "img_size": config.size,
-        "patch_size": config.patch,
-        "embed_dim": config.dim,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        **vit_description(objective.encoder, config.size),
+        "mean": list(objective.mean),
+        "std": list(objective.std),
         "source": "encoder",
     }
     inside = f"{objective.saved}."

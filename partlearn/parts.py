@@ -5,9 +5,31 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 Softmax = Literal["parts", "positions"]
+
+
+class Prototypes(nn.Module):
+    """Part queries that are the same in every picture, and no class token: s_i(p) = scale · e_i · F(p)."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.prototypes = nn.Parameter(torch.zeros(parts, width))
+
+    def start_at_prototypes(
+        self, centres: Float[Tensor, "parts width"], scale: float, generator: torch.Generator
+    ) -> None:
+        """Queries that are `centres`; nothing is drawn."""
+        self.prototypes.data.copy_(centres)
+        self.log_scale.data.fill_(scale).log_()
+
+    def logits(
+        self, class_token: Float[Tensor, "batch dim"], tokens: Float[Tensor, "batch patches width"]
+    ) -> Float[Tensor, "batch parts patches"]:
+        """s of Eq. 2, in fp32 whatever the autocast."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.log_scale.exp() * (self.prototypes @ tokens.transpose(1, 2))
 
 
 class PartAttention(nn.Module):
@@ -17,7 +39,7 @@ class PartAttention(nn.Module):
         s_i(p) = scale · [(W_q^i F_p^i + b_q^i) · (W_k^i F(p) + b_k^i) + e_i · F(p)]
         M = softmax(s) over positions or over parts                      Eq. 2
 
-    Departures, each argued in docs/log.md: W_c2 starts at 0 and gate = 2, so that F_p = F_c at the start and the
+    Departures, each argued in METHOD.md: W_c2 starts at 0 and gate = 2, so that F_p = F_c at the start and the
     heads' initialisation is exact; projections are per part (one shared pair cannot express separate heads);
     e_i, a prototype per part, carries the k-means start and stays 0 otherwise.
     Keys are never formed: W_kᵀq is applied to the tokens, which is the same number and far fewer FLOPs.
@@ -106,31 +128,22 @@ def part_maps(
 def centred_tokens(
     tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"]
 ) -> Float[Tensor, "batch patches dim"]:
-    """Tokens minus the mean of their picture's inside cells."""
+    """What a token is within its picture: less the mean of the inside cells. Raw tokens spend the parts on classes."""
     weight = inside[..., None].to(tokens.dtype)
     return tokens - (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-def relative_tokens(
-    tokens: Float[Tensor, "batch patches dim"],
-    inside: Bool[Tensor, "batch patches"],
-    whitening: Float[Tensor, "dim width"],
-) -> Float[Tensor, "batch patches width"]:
-    """What a token is within its picture: centred, whitened, at unit length.
-
-    Raw tokens would spend the parts on classes, and unwhitened ones on what is large in the encoder: parts lie in
-    directions of small variance (partlearn/RESULTS.md).
-    """
-    return F.normalize(centred_tokens(tokens, inside) @ whitening, dim=-1)
-
-
 def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:
-    """The `width` leading principal directions of `points`, each divided by the deviation along it.
+    """The whitening of points around their mean: parts lie in directions of small variance (partlearn/RESULTS.md)."""
+    centred = (points - points.mean(dim=0)).double()
+    return whitening_from(centred.T @ centred / len(points), width).to(points.dtype)
+
+
+def whitening_from(covariance: Float[Tensor, "dim dim"], width: int) -> Float[Tensor, "dim width"]:
+    """The `width` leading principal directions, each divided by the deviation along it.
 
     Or by a hundredth of the largest deviation, where it is less: of few points, some directions hold nothing to see.
     """
-    centred = (points - points.mean(dim=0)).double()
-    variances, directions = torch.linalg.eigh(centred.T @ centred / len(points))
-    return (directions[:, -width:] / variances[-width:].clamp(min=max(1e-4 * variances[-1].item(), 1e-12)).sqrt()).to(
-        points.dtype
-    )
+    variances, directions = torch.linalg.eigh(covariance.double())
+    least = max(1e-4 * variances[-1].item(), 1e-12)
+    return (directions[:, -width:] / variances[-width:].clamp(min=least).sqrt()).to(covariance.dtype)

@@ -1,6 +1,7 @@
 """Step 0 of the part learner: k-means centres, the encoder's attention heads, or chance."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from partlearn.config import LearnConfig
 from partlearn.encoders import Encoder, Tokens
 from partlearn.kmeans import spherical_kmeans
 from partlearn.learner import PartLearner
-from partlearn.parts import centred_tokens, whitening_of
+from partlearn.parts import whitening_of
 from partlearn.view_tokens import Views
 
 PROTOTYPE_SCALE = 10.0
@@ -24,9 +25,10 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
     """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens.
 
     Raises:
-        ValueError: The heads of an encoder with rotary positions are asked for.
+        ValueError: The heads are asked for of an encoder with rotary positions, or where no block follows.
     """
     generator = torch.Generator().manual_seed(config.seed)
+    attention: Any = learner.attention
     if config.init != "kmeans":
         if config.init == "heads":
             if isinstance(encoder.model, Eva):
@@ -34,16 +36,23 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
                     f"the heads of {config.encoder} turn their queries and keys by position, and part queries have "
                     "none; take --init kmeans or random"
                 )
-            learner.attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
+            if encoder.block == encoder.depth:
+                raise ValueError(
+                    f"--init heads needs a block that reads the tokens, and none follows block {encoder.depth - 1}; "
+                    "lower --encoder-block"
+                )
+            attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
         else:
-            learner.attention.start_at_random(generator)
+            attention.start_at_random(generator)
         if config.target == "features":
             learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
         return
-    learner.whitening.copy_(whitening_of(_drawn(learner, views, _centred, generator), learner.shape.width))
+    if learner.shape.whitened:
+        points = _drawn(learner, views, learner.seen, generator)
+        learner.whitening.copy_(whitening_of(points.cpu(), learner.shape.width))  # fp64: not on every accelerator
     points = _drawn(learner, views, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
     centres = spherical_kmeans(points.cpu(), config.parts, generator=generator).to(points.device)
-    learner.attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
+    attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
     if config.target == "features":
         learner.vectors.copy_(centres)
 
@@ -63,7 +72,3 @@ def _drawn(
         if seen >= min(START_VIEWS, views.count):
             return torch.cat(points)
     raise AssertionError("views never end")
-
-
-def _centred(tokens: Tokens, cells: Tensor) -> Tensor:
-    return centred_tokens(tokens.block_tokens[:, 1:], cells)

@@ -80,10 +80,7 @@ class TruthLabeller:
 
     def _cells(self, stored: Stored) -> Int[np.ndarray, "grid grid"]:
         """Of the square of the map that was cut from the picture."""
-        path, ids = self.files.path(stored.source), self.files.read(stored.source)
-        if ids.shape[::-1] != tuple(stored.source_size):
-            width, height = stored.source_size
-            raise ValueError(f"{path} is {ids.shape[1]}x{ids.shape[0]}, but its picture is {width}x{height}")
+        path, ids = self.files.path(stored.source), self.files.read_for(stored.source, stored.source_size)
         x0, y0, x1, y1 = map(int, stored.box)
         wrong = ids[(ids > self.parts) & (ids != UNKNOWN)]
         if wrong.size:

@@ -41,15 +41,10 @@ class Views:
 
     def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[View, None, None]:
         """Batches from `step` on, for ever; a pure function of the config and the pictures. Of several ranks, each
-        gets its block of every batch."""
+        gets its block of every batch; views that are kept are one process's (`learn` sees to it)."""
         if not self.config.kept_views:
             size = self.config.batch_size
             return _cropped(self.config, self.encoder, self.pictures, size, step, rank, world_size)
-        if world_size > 1:
-            raise ValueError(
-                f"{world_size} ranks cannot share views kept in memory (--views {self.config.views}); take --views 0, "
-                "fresh crops every step"
-            )
         if self._store is None:
             _refuse_what_does_not_fit(self.config, self.encoder, self.count)
             self._store = _encode_all(self.config, self.encoder, self.pictures, self.count)

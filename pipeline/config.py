@@ -49,14 +49,15 @@ class ScorePartsConfig:
     """Run folders of part learners, or baselines: heads, heads-mass, kmeans-image, regions, grid, bands,
     shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines, which are scored on every encoder x block x count; a learner brings its own.
+    """Frozen encoders of the baselines, which are scored on every encoder x block x count (where block and count matter
+    to them); a learner brings its own.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
-    """Blocks (from 0) whose tokens the baselines read; the last unless told."""
+    """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. The last unless told."""
     count: tuple[int, ...] = (6,)
     """Parts of the baselines; those of heads have as many as there are heads. Example: --count 4 6 8."""
     grid: int = 28
-    """Cells a side of the baselines' labels."""
+    """Cells a side of the labels of the whole table; a learner on another grid is refused."""
     size: int = 224
     """Side in pixels that the pictures are cut to."""
     json: Path | None = None

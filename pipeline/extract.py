@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from partlearn.baselines import NAMES, refuse_lone_pictures
+from partlearn.baselines import NAMES
 from partlearn.build import AnyLabeller, build_shard
 from partlearn.config import TRUTH, ExtractConfig
 from partlearn.label import Labeller
@@ -67,7 +67,6 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
 def load_labeller(config: ExtractConfig, source: Source) -> AnyLabeller:
     if str(config.parts) == TRUTH:
         return TruthLabeller(source, grid=config.grid or 28)
-    refuse_lone_pictures(str(config.parts), source.shard_sizes, config.batch_size)
     return Labeller(
         config.parts,
         encoder=config.encoder,
@@ -171,7 +170,7 @@ def _finish(
     whole = finalise(folder, shard_count=len(source.shard_sizes), plan_digest=plan_digest, info=info)
     if whole["rejected"]:
         print(
-            f"{whole['rejected']} of {whole['inputs']['count']} pictures could not be read and are listed, with the "
+            f"{whole['rejected']} of {whole['inputs']['count']} pictures could not be used and are listed, with the "
             f"reason, in {folder / 'rejected.parquet'}; once they are mended, add --retry-failed",
             file=sys.stderr,
         )
@@ -209,7 +208,7 @@ def _on_ray(
 
     from pipeline.cluster import connect, refuse_paths_of_the_upload
 
-    parts = None if str(config.parts) in (*NAMES, TRUTH) else config.parts
+    parts = None if str(config.parts) in (*NAMES, TRUTH, "small") else config.parts
     refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))
     connect()
     truth = labeller if isinstance(labeller, TruthLabeller) else None

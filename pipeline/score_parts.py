@@ -27,7 +27,10 @@ from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.device import pick_device
 from training.progress import Progress
 
-COLUMNS = (*FOREGROUND_COLUMNS[:2], *PART_COLUMNS, "shift_ari", "flip_agreement", *FOREGROUND_COLUMNS[2:])
+COLUMNS = (*FOREGROUND_COLUMNS[:2], *PART_COLUMNS, "shift_ari", "flip_agreement", "flip_inside")
+COLUMNS += FOREGROUND_COLUMNS[2:]
+READ_BLOCK = ("kmeans-image", "shuffled-kmeans-image")
+"""Baselines to which --encoder-block matters; the others see the encoder's end alone."""
 ON_ONE_SHEET = 8
 """Methods; of more, each has its own sheet."""
 
@@ -42,7 +45,8 @@ class Method:
     @property
     def name(self) -> str:
         encoder = self.labeller.encoder.description
-        return f"{self.source} on {encoder['source']} block {encoder['block']} parts {parts_of(self.labeller)}"
+        block = "" if self.source in NAMES and self.source not in READ_BLOCK else f" block {encoder['block']}"
+        return f"{self.source} on {encoder['source']}{block} parts {parts_of(self.labeller)}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,7 +61,8 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.
-        ValueError: A baseline without an encoder; shuffled labels of a folder with one picture.
+        ValueError: A baseline without an encoder; a learner on another grid than the table's; a truth of another size
+            than its picture; shuffled labels of a folder with one picture.
     """
     sets = {name: TruthSet(Path(name)) for name in config.images}
     pictures = sum(len(one.pictures) for one in sets.values())
@@ -81,7 +86,11 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
             for row in rows:
                 if row["set"] == name and row["method"] in twins:
                     row["stability"] = agreement
-    controls = [row for name, truths in sets.items() for row in _controls(config, name, truths)]
+    controls = [
+        _row(name, one["method"], one["parts"], None, one)
+        for name, truths in sets.items()
+        for one in control_rows(truths, size=config.size, grid=config.grid, counts=config.count)
+    ]
     below = below_centre(rows, controls)
     rows += controls
     if config.json:
@@ -101,17 +110,29 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
 def _learners(config: ScorePartsConfig) -> Iterator[Method]:
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
     for source in dict.fromkeys(config.parts):
-        if source not in NAMES:
-            yield Method(source, Labeller(source, **options))
+        if source in NAMES:
+            continue
+        labeller = Labeller(source, **options)
+        if labeller.grid != config.grid:
+            raise ValueError(
+                f"{source} labels {labeller.grid} cells a side, but the controls and baselines of this table "
+                f"{config.grid}, and their figures would not compare; pass --grid {labeller.grid}, and score learners "
+                "of other grids in tables of their own"
+            )
+        yield Method(source, labeller)
 
 
 def _baselines(config: ScorePartsConfig) -> Iterator[Method]:
-    """Each on every encoder, block and count; those of heads have no count. All on one block share the encoder."""
+    """Each on every encoder and, where they matter to it, block and count. All on one block share the encoder."""
     names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
-    for encoder, block in product(config.encoder or (None,), config.encoder_block or (None,)) if names else ():
-        first = Labeller(names[0], encoder=encoder, grid=config.grid, block=block, **options)
-        for name in names:
+    blocks = config.encoder_block or (None,)
+    for encoder, block in product(config.encoder or (None,), blocks):
+        here = [name for name in names if name in READ_BLOCK or block == blocks[0]]
+        if not here:
+            continue
+        first = Labeller(here[0], encoder=encoder, grid=config.grid, block=block, **options)
+        for name in here:
             for count in config.count[:1] if name in OF_HEADS else config.count:
                 yield Method(name, _also(first, name, count))
 
@@ -142,18 +163,6 @@ def _twins(methods: Sequence[Method]) -> list[list[str]]:
     return [names for names in alike.values() if len(names) > 1]
 
 
-def _controls(config: ScorePartsConfig, name: str, truths: TruthSet) -> list[dict[str, Any]]:
-    """What position and colour score; how many parts there are matters to bands alone."""
-    rows = []
-    for count in config.count:
-        for one in control_rows(truths, size=config.size, grid=config.grid, groups=count + 1):
-            if count == config.count[0]:
-                rows.append(_row(name, one["method"], count, None, one))
-            elif one["method"] == "bands":
-                rows.append(_row(name, f"bands parts {count}", count, None, one))
-    return rows
-
-
 def _row(set_: str, method: str, parts: int, seed: int | None, columns: dict[str, Any]) -> dict[str, Any]:
     row = {"set": set_, "method": method, "parts": parts, "seed": seed, "view": columns["view"]}
     return row | {name: columns[name] for name in COLUMNS} | {"stability": None, "areas": columns["areas"]}
@@ -164,6 +173,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     short |= {"beyond_other": "beyond 2", "nmi_image": "nmi img", "ari_image": "ari img", "colour_nmi": "colour"}
     short |= {"bands_nmi": "bands", "parts_used": "used", "largest_share": "largest", "shift_ari": "shift"}
     short |= {"flip_agreement": "flip", "foreground_iou_best": "IoU best", "foreground_iou_quarter": "IoU 1/4"}
+    short |= {"flip_inside": "flip in", "speckle_inside": "speckle in"}
     shown = [name for name in (*COLUMNS, "stability") if any(row[name] is not None for row in rows)]
     methods = short_names([row["method"] for row in rows])
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -171,7 +181,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         for row in (row for row in rows if row["set"] == name):
             figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in shown)
             table.add_row(methods[row["method"]], row["view"], *figures)
-        Console(width=None if Console().is_terminal else 260).print(name, table)
+        Console(width=None if Console().is_terminal else 284).print(name, table)
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -179,9 +189,9 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
     names = {}
     for method in dict.fromkeys(methods):
         source, on, encoder = method.partition(" on ")
-        name, block, number = encoder.partition(" block ")
+        name, end = re.split(r"((?: block \d+)? parts \d+$|$)", encoder, maxsplit=1)[:2]
         plain = name if name.startswith("random:") else name.partition(":")[2].partition("=")[0].rpartition("/")[2]
-        names[method] = f"{source.rpartition('/')[2]}{on}{plain}{block}{number}"
+        names[method] = f"{source.rpartition('/')[2]}{on}{plain}{end}"
     short = list(names.values())
     return {method: name if short.count(name) == 1 else method for method, name in names.items()}
 

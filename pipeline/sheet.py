@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.truth import parts_of_set
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masks import Masked, mask_batch
 from pretrain.train import MEAN, STD, build
@@ -45,7 +46,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
 
     columns = [
         images,
-        0.35 * images + 0.65 * enlarged(coloured(batch.parts, shards.groups), shards.size),
+        0.35 * images + 0.65 * enlarged(coloured(batch.parts, 1 + parts_of_set(shards)), shards.size),
         images * enlarged(_brightness(batch.fgrank), shards.size),
         *(_with_holes(images, masked, model.side) for masked in masks),
         rebuilt(masks[0]),
@@ -72,7 +73,7 @@ def _pick(shards: ShardSet, seed: int) -> Batch:
 
 
 def coloured(parts: np.ndarray, groups: int) -> np.ndarray:
-    """A colour a part; the last group, the background, is dark."""
+    """A colour a part; the last of the groups, the background, is dark, whether or not any cell has it."""
     palette = np.concatenate([COLOURS[np.arange(groups - 1) % len(COLOURS)], BACKGROUND[None]])
     return palette[parts]
 

@@ -8,6 +8,7 @@ import numpy as np
 from evaluate.part_quality import score, shortcuts
 from evaluate.part_scores import background_first
 from shards.batches import in_order
+from shards.index import BOX, read_column
 from shards.shard_set import ShardSet
 from shards.truth import TruthFiles, cells_of
 
@@ -29,17 +30,26 @@ def score_against_truth(sets: dict[str, ShardSet], *, truth: Path) -> list[dict[
     Args:
         truth: Folder with labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255) beside
             images/NAME.jpg; cut to squares as the pictures were.
+
+    Raises:
+        FileNotFoundError, ValueError: A picture has no truth, or one of another size.
     """
     rows = []
     for method, shards in sets.items():
         images, parts, fgrank = _stored(shards)
-        files = TruthFiles(truth, shards.sources)
-        true = np.stack([_centre_cells(files.read(source), shards.grid) for source in shards.sources])
-        scores = score(background_first(parts, shards.groups), fgrank, true, images, shards.groups)
+        true, groups = _true_cells(shards, truth), 1 + parts_of_set(shards)
+        scores = score(background_first(parts, groups), fgrank, true, images, groups)
         rows.append({"method": method} | {name: scores[name] for name in SHOWN})
-    for control, scores in shortcuts(true, images, shards.groups).items():
+    for control, scores in shortcuts(true, images, groups).items():
         rows.append({"method": control} | {name: scores[name] for name in SHOWN})
     return rows
+
+
+def parts_of_set(shards: ShardSet) -> int:
+    """Parts that a set says its labels have; the background, where there is one, is one group more. A set that does
+    not say has a background."""
+    producer = (shards.labels or shards).info.get("producer", {})
+    return producer.get("labels", {}).get("parts", shards.groups - 1)
 
 
 def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,8 +61,14 @@ def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
-def _centre_cells(labels: np.ndarray, grid: int) -> np.ndarray:
-    """Of the centre square, as extraction cuts it."""
-    side = min(labels.shape)
-    y0, x0 = (round((length - side) * 0.5) for length in labels.shape)
-    return cells_of(labels[y0 : y0 + side, x0 : x0 + side], grid)
+def _true_cells(shards: ShardSet, truth: Path) -> np.ndarray:
+    """Of the squares that were cut from the pictures."""
+    files, index = TruthFiles(truth, shards.sources), shards.path / "index.parquet"
+    sizes = zip(*(read_column(index, side) for side in ("src_width", "src_height")), strict=True)
+    boxes = zip(*(map(int, read_column(index, side)) for side in BOX), strict=True)
+    return np.stack(
+        [
+            cells_of(files.read_for(source, size)[y0:y1, x0:x1], shards.grid)
+            for source, size, (x0, y0, x1, y1) in zip(shards.sources, sizes, boxes, strict=True)
+        ]
+    )

@@ -42,6 +42,20 @@ class TruthFiles:
             raise ValueError(f"{self.path(name)} has {ids.shape[2]} channels, expected one: the part id of each pixel")
         return ids.astype(np.uint8) if ids.dtype == bool else ids
 
+    def read_for(self, name: str, size: tuple[int, int]) -> Integer[np.ndarray, "height width"]:
+        """The same, for a picture of `size` (width, height) as it is shown.
+
+        Raises:
+            ValueError: The map is of another size.
+        """
+        ids = self.read(name)
+        if ids.shape[::-1] != tuple(size):
+            raise ValueError(
+                f"{self.path(name)} is {ids.shape[1]}x{ids.shape[0]}, but its picture is {size[0]}x{size[1]} as shown "
+                "(turned as its EXIF says); give the map the picture's size and orientation"
+            )
+        return ids
+
     def count_parts(self, names: Sequence[str]) -> int:
         """The largest part id: of labels.txt (a line a part: id, tab, name), in the folder or in the one above, where
         splits share it; or else of the pictures' labels. Masks have one part.

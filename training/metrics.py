@@ -45,6 +45,12 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in _lines(run / "metrics.jsonl")]
 
 
+def last_figures(run: Path, *, step: int) -> dict[str, float]:
+    """What was last logged before `step`: what a run that goes on from there would still know; nothing at its start."""
+    before = [line for line in read_metrics(run) if line["step"] < step]
+    return {name: value for name, value in before[-1].items() if name != "step"} if before else {}
+
+
 def _lines(path: Path) -> list[str]:
     """Whole lines of a log; a line cut by a kill has no newline and is left out."""
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.clustering import pair_ari, stepwise_ap, summed_nmi
@@ -13,6 +14,7 @@ from evaluate.part_quality import (
     average_precision,
     beyond_shortcut,
     flip_agreement,
+    flip_inside,
     foreground_cells,
     largest_share,
     nmi,
@@ -21,7 +23,9 @@ from evaluate.part_quality import (
     score,
     shortcuts,
     speckle,
+    speckle_inside,
 )
+from partlearn.health import speckle as health_speckle
 
 labellings = st.integers(2, 24).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2))
 
@@ -97,6 +101,24 @@ def test_speckle_counts_cells_alone_among_their_neighbours():
     assert speckle(np.zeros((2, 3, 3), dtype=np.uint8)) == 0
 
 
+def test_speckle_inside_does_not_count_the_background():
+    """Of four cells with a part, 2 and 3 stand alone; a background cell between them does not count, alone or not."""
+    parts = np.array([[[1, 1, 0], [0, 0, 2], [3, 0, 0]]], dtype=np.uint8)
+
+    assert speckle(parts) == pytest.approx(3 / 9)
+    assert speckle_inside(parts) == pytest.approx(2 / 4)
+    assert speckle_inside(np.zeros((1, 3, 3), dtype=np.uint8)) is None
+
+
+@given(seed=st.integers(0, 99))
+def test_speckle_means_here_what_it_means_while_learning(seed):
+    parts = np.random.default_rng(seed).integers(0, 4, (3, 5, 5))
+    labels = torch.from_numpy(parts.reshape(3, -1))
+
+    assert speckle_inside(parts) == pytest.approx(health_speckle(labels, labels > 0))
+    assert speckle(parts) == pytest.approx(health_speckle(labels, torch.ones_like(labels, dtype=torch.bool)))
+
+
 def test_the_background_is_no_part():
     parts = np.array([[[0, 0], [0, 0]], [[1, 1], [0, 2]]], dtype=np.uint8)
 
@@ -117,6 +139,17 @@ def test_mirrored_labels_of_the_mirror_image_agree_fully():
 
     assert flip_agreement(parts, parts[:, :, ::-1]) == 1
     assert flip_agreement(parts, parts) < 1
+
+
+def test_flip_inside_counts_cells_that_have_a_part_in_either_view():
+    """Mirrored back, the second view is [0, 1, 0, 3], so that two cells of three with a part are named otherwise."""
+    parts = np.array([[[0, 1, 2, 0]]], dtype=np.uint8)
+    of_mirrored = np.array([[[3, 0, 1, 0]]], dtype=np.uint8)
+
+    assert flip_agreement(parts, of_mirrored) == 2 / 4
+    assert flip_inside(parts, of_mirrored) == pytest.approx(1 / 3)
+    assert flip_inside(parts, parts[:, :, ::-1]) == 1
+    assert flip_inside(np.zeros_like(parts), np.zeros_like(parts)) is None
 
 
 def test_the_foreground_is_neither_background_nor_unknown():
@@ -179,6 +212,7 @@ def test_perfect_labels_score_one_and_the_columns_are_the_interfaces():
         "parts_used",
         "largest_share",
         "speckle",
+        "speckle_inside",
     }
     for name in (*ranked, *agreeing):
         assert columns[name] == pytest.approx(1)

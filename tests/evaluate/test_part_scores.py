@@ -13,15 +13,16 @@ from PIL import Image
 from evaluate.part_quality import beyond_other
 from evaluate.part_scores import BATCH, below_centre, labels_of, shift_ari
 from evaluate.truth import TruthSet
+from partlearn.baselines import NAMES
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
-from pipeline.score_parts import score_parts, short_names
+from pipeline.score_parts import READ_BLOCK, score_parts, short_names
 
 GRID = 8
 ROW = {"set", "method", "parts", "seed", "view", "foreground_ap", "foreground_recall_quarter", "beyond_shortcut"}
 ROW |= {"beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi", "shift_ari", "parts_used"}
 ROW |= {"largest_share", "speckle", "flip_agreement", "foreground_iou_best", "foreground_iou_quarter", "stability"}
-ROW |= {"areas"}
+ROW |= {"areas", "speckle_inside", "flip_inside"}
 
 
 @pytest.fixture
@@ -61,6 +62,55 @@ def test_labels_that_follow_the_picture_pass_the_shift_test_and_stripes_of_colum
 
     assert shift_ari(left.truth, right.truth) > 0.8
     assert shift_ari(columns, columns) < 0.75
+
+
+@pytest.fixture
+def striped(tmp_path) -> Path:
+    """A wide, a high and a square picture, with upright stripes of 23 pixels for their true parts."""
+    for kind in ("images", "labels"):
+        (tmp_path / "striped" / kind).mkdir(parents=True)
+    for number, (width, height) in enumerate([(401, 300), (300, 401), (333, 333)]):
+        labels = np.broadcast_to(np.arange(width) // 23 % 7, (height, width)).astype(np.uint8)
+        Image.fromarray(labels).save(tmp_path / f"striped/images/{number}.png")
+        Image.fromarray(labels).save(tmp_path / f"striped/labels/{number}.png")
+    return tmp_path / "striped"
+
+
+@pytest.mark.parametrize("grid", [8, 14, 37, 10, 28])
+def test_cells_of_both_crops_of_the_shift_test_coincide_on_every_grid(grid, striped):
+    left, right = TruthSet(striped).shifted(size=96, grid=grid)
+
+    assert shift_ari(left.truth, right.truth) == 1
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_grids_of_few_cells_have_a_shift_test_too(grid, striped):
+    left, right = TruthSet(striped).shifted(size=96, grid=grid)
+
+    assert left.truth.shape == right.truth.shape == (3, grid, grid)
+    assert shift_ari(left.truth, right.truth) == 1
+
+
+def test_a_picture_of_fewer_pixels_than_cells_is_named(painted):
+    with pytest.raises(
+        ValueError, match=r"0\.png is 160x120: too small for crops of 100 cells a side; choose a smaller"
+    ):
+        TruthSet(painted).shifted(size=96, grid=100)
+
+
+def test_truth_of_another_size_or_orientation_than_its_picture_is_refused(painted):
+    with Image.open(painted / "images/1.png") as picture:
+        exif = picture.getexif()
+        exif[0x0112] = 6  # shown after a quarter turn
+        picture.save(painted / "images/1.png", exif=exif)
+    with pytest.raises(ValueError, match=r"labels/1\.png is 120x160, but its picture is 160x120 as shown"):
+        TruthSet(painted).centre(size=120, grid=GRID)
+
+    with Image.open(painted / "labels/0.png") as labels:
+        half = labels.resize((80, 60), Image.Resampling.NEAREST)
+    half.save(painted / "labels/0.png")
+    with pytest.raises(ValueError, match=r"labels/0\.png is 80x60, but its picture is 160x120 .*; give the map the"):
+        TruthSet(painted).shifted(size=120, grid=GRID)
 
 
 def test_masks_are_truth_of_one_part(painted):
@@ -116,32 +166,49 @@ def test_the_verb_scores_baselines_and_shortcuts_in_one_table(painted, tmp_path,
     assert rows[4]["areas"] is rows[0]["stability"] is None
     with Image.open(tmp_path / "drawn/sheet.png") as sheet:
         assert sheet.width > 4 * 112
-    assert "heads on random:vit_tiny_patch16_224 block 11 parts 3" in capsys.readouterr().out
+    assert "heads on random:vit_tiny_patch16_224 parts 3" in capsys.readouterr().out
 
 
-def test_baselines_stand_on_every_encoder_block_and_count_and_heads_have_no_count(painted, tmp_path):
+def test_baselines_stand_on_every_encoder_and_where_it_matters_to_them_on_every_block_and_count(painted, tmp_path):
     encoders = (TINY, "random:deit_tiny_patch16_224")
     rows = scored(
         painted,
-        parts=("heads", "grid"),
+        parts=("heads", "grid", "kmeans-image"),
         encoder=encoders,
         encoder_block=(3, 11),
         count=(4, 6),
         sheet=tmp_path / "sheet.png",
     )
 
-    expected = [
-        f"{source} on {encoder} block {block} parts {parts}"
-        for encoder in encoders
-        for block in (3, 11)
-        for source, parts in (("heads", 3), ("grid", 4), ("grid", 6))
+    names = ("heads on {} parts 3", "grid on {} parts 4", "grid on {} parts 6")
+    names += tuple(f"kmeans-image on {{}} block {block} parts {parts}" for block in (3, 11) for parts in (4, 6))
+    assert [row["method"] for row in rows[:28:2]] == [name.format(encoder) for encoder in encoders for name in names]
+    assert [(row["parts"], row["view"]) for row in rows[28:] if row["method"] == "bands parts 6"] == [
+        (6, "centre"),
+        (6, "off centre"),
     ]
-    assert [row["method"] for row in rows[:24:2]] == expected
-    assert [row["method"] for row in rows[24:]].count("bands parts 6") == 2
-    assert len(rows) == 24 + 2 * 6
+    assert len(rows) == 28 + 2 * 6
     drawn = {path.name for path in tmp_path.glob("sheet*.png")}
-    assert len(drawn) == 12
-    assert "sheet-grid-on-random-deit_tiny_patch16_224-block-3-parts-6.png" in drawn
+    assert len(drawn) == 14
+    assert "sheet-grid-on-random-deit_tiny_patch16_224-parts-6.png" in drawn
+    assert "sheet-kmeans-image-on-random-deit_tiny_patch16_224-block-3-parts-6.png" in drawn
+
+
+def test_a_block_that_only_others_read_is_not_looked_at(painted):
+    rows = scored(painted, parts=("heads", "grid"), encoder_block=(3, 11))
+
+    assert [row["method"] for row in rows[:4:2]] == [f"heads on {TINY} parts 3", f"grid on {TINY} parts 6"]
+    assert rows[4]["method"] == "bands"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_block_matters_to_those_baselines_that_are_named_by_it(name):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    labellers = [Labeller(name, encoder=TINY, grid=6, block=block, precision="fp32") for block in (1, 11)]
+
+    (early, _), (late, _) = (labels_of([labeller], images, lambda count: None)[0] for labeller in labellers)
+
+    assert np.array_equal(early, late) == (name not in READ_BLOCK)
 
 
 def test_a_score_is_the_same_alone_and_in_company(painted):
@@ -171,7 +238,7 @@ def test_runs_that_differ_in_their_seed_alone_have_a_stability(painted, tmp_path
 def test_a_run_beside_its_copy_is_fully_stable(painted, tmp_path, learned):
     shutil.copytree(learned, tmp_path / "copy")
 
-    rows = scored(painted, parts=(str(learned), str(tmp_path / "copy")))
+    rows = scored(painted, parts=(str(learned), str(tmp_path / "copy")), grid=4)
 
     assert [row["stability"] for row in rows[:4]] == [1, 1, 1, 1]
 
@@ -179,10 +246,16 @@ def test_a_run_beside_its_copy_is_fully_stable(painted, tmp_path, learned):
 def test_no_part_of_a_learner_without_a_background_is_taken_for_one(painted, tmp_path):
     run = small_parts(tmp_path / "parts", background=False, where="everywhere")
 
-    rows = scored(painted, parts=(str(run),))
+    rows = scored(painted, parts=(str(run),), grid=4)
 
     assert (rows[0]["parts"], len(rows[0]["areas"])) == (3, 3)
     assert all(share > 0 for share in rows[0]["areas"])
+    assert rows[0]["speckle_inside"] == rows[0]["speckle"]
+
+
+def test_a_learner_on_another_grid_than_the_controls_is_refused(painted, learned):
+    with pytest.raises(ValueError, match=r"labels 4 cells a side, but .* of this table 8, .*; pass --grid 4"):
+        scored(painted, parts=(str(learned), "grid"))
 
 
 def test_shuffled_labels_are_those_of_the_next_picture_and_no_batch_has_one_alone():
@@ -209,10 +282,8 @@ def test_a_foreground_below_the_centre_prior_is_never_silent(painted, capsys):
     aps = {(row["method"], row["view"]): row["foreground_ap"] for row in rows}
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 4
-    assert aps[f"grid on {TINY} block 11 parts 6", "centre"] < aps["centre", "centre"]
-    assert warnings[0].startswith(
-        f"warning: grid on {TINY} block 11 parts 6 ranks the foreground of {painted} (centre)"
-    )
+    assert aps[f"grid on {TINY} parts 6", "centre"] < aps["centre", "centre"]
+    assert warnings[0].startswith(f"warning: grid on {TINY} parts 6 ranks the foreground of {painted} (centre)")
     assert warnings[0].endswith(f"centre {aps['centre', 'centre']:.3f}")
 
 
@@ -244,7 +315,14 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
     dino, same = "heads on timm:vit=/a/dino.pth", "heads on timm:vit=/b/other.pth"
 
     short = short_names(
-        [f"{dino}{ends[0]}", f"{dino}{ends[1]}", f"{same}{ends[1]}", f"heads on random:vit{ends[0]}", "bands"]
+        [
+            f"{dino}{ends[0]}",
+            f"{dino}{ends[1]}",
+            f"{same}{ends[1]}",
+            f"heads on random:vit{ends[0]}",
+            "grid on timm:vit=/a/dino.pth parts 6",
+            "bands parts 6",
+        ]
     )
 
     assert list(short.values()) == [
@@ -252,7 +330,8 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
         f"{dino}{ends[1]}",
         f"{same}{ends[1]}",
         "heads on random:vit block 9 parts 6",
-        "bands",
+        "grid on vit parts 6",
+        "bands parts 6",
     ]
 
 

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import photographs
 
 from evaluate.part_quality import ari
-from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding, refuse_lone_pictures
+from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding
+from partlearn.build import never_alone
 from partlearn.config import ExtractConfig
 from partlearn.encoders import Encoder, Tokens, load_encoder
 from partlearn.label import Labeller
 from pipeline.extract import extract
+from shards.order import permutation
 from shards.shard_set import ShardSet
 from shards.verify import verify
 from training.config import RunConfig
@@ -110,31 +113,72 @@ def test_one_picture_has_no_next(encoder, tokens):
         Baseline("shuffled-heads", encoder, parts=PARTS).label(alone)
 
 
-@pytest.mark.parametrize(("samples_per_shard", "batch_size"), [(5, 4), (4, 4), (5, 1)])
-def test_a_build_whose_shards_end_with_one_picture_alone_does_not_start(samples_per_shard, batch_size, tmp_path):
-    settings = {"encoder": "random:vit_tiny_patch16_224", "grid": 4, "size": 32, "backend": "local"}
-    run = RunConfig(out=tmp_path / "set", device="cpu", precision="fp32")
-    config = ExtractConfig(
-        images=str(photographs(tmp_path / "photos", 5)),
-        parts=Path("shuffled-heads"),
-        samples_per_shard=samples_per_shard,
-        batch_size=batch_size,
-        run=run,
-        **settings,
+def extraction(images: Path, out: Path, parts: str, **changes) -> ExtractConfig:
+    settings = {"encoder": "random:vit_tiny_patch16_224", "grid": 4, "size": 32, "backend": "local"} | changes
+    run = RunConfig(out=out, device="cpu", precision="fp32")
+    return ExtractConfig(images=str(images), parts=Path(parts), run=run, **settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_picture_left_alone_joins_the_others_and_all_have_labels_of_another(batch_size, tmp_path):
+    """Six pictures in batches of four and two, of which the fifth in order turns out to be no picture."""
+    photos = photographs(tmp_path / "photos", 6)
+    torn = photos / f"{permutation(6, seed=0, epoch=0)[4]:03d}.jpg"
+    torn.write_bytes(b"no picture")
+
+    extract(extraction(photos, tmp_path / "own", "heads"))
+    extract(extraction(photos, tmp_path / "set", "shuffled-heads", batch_size=batch_size))
+
+    with ShardSet.open(tmp_path / "own") as own, ShardSet.open(tmp_path / "set") as shuffled:
+        assert len(shuffled) == 5
+        labels = [[shards.read(i).parts.tobytes() for i in range(5)] for shards in (own, shuffled)]
+    confidence = [pq.read_table(tmp_path / name / "index.parquet")["confidence"].to_pylist() for name in ("own", "set")]
+    assert len(set(labels[0])) == 5
+    donors = [labels[0].index(one) for one in labels[1]]
+    assert sorted(donors) == [0, 1, 2, 3, 4]
+    assert all(donor != place for place, donor in enumerate(donors))
+    assert confidence[1] == [confidence[0][donor] for donor in donors]
+
+
+def test_the_only_picture_of_a_shard_is_rejected_with_the_reason(tmp_path):
+    info = extract(
+        extraction(photographs(tmp_path / "photos", 5), tmp_path / "set", "shuffled-heads", samples_per_shard=4)
     )
 
-    option = "--samples-per-shard" if samples_per_shard == 4 else "--batch-size"
-    with pytest.raises(
-        ValueError, match=rf"shuffled-heads takes .* would have a batch of one; choose another {option}"
-    ):
-        extract(config)
-
-    assert not (tmp_path / "set").exists()
+    assert (info["samples"], info["rejected"]) == (4, 1)
+    rejected = pq.read_table(tmp_path / "set" / "rejected.parquet").to_pylist()[0]
+    assert (rejected["ordinal"], rejected["stage"]) == (4, "label")
+    assert rejected["reason"] == "shuffled-heads needs another picture, and no other of its shard can be read"
+    assert verify(tmp_path / "set", "deep") == []
 
 
-def test_batches_of_two_and_more_and_labels_of_their_own_are_no_reason_to_refuse():
-    refuse_lone_pictures("shuffled-heads", [6, 6, 2], 4)
-    refuse_lone_pictures("heads", [5, 1], 4)
+def test_batches_of_every_size_hold_all_pictures_in_order_and_none_alone():
+    for size in range(1, 6):
+        for count in range(2, 14):
+            pictures: list = list(range(count))
+            batches = list(never_alone((pictures[i : i + size] for i in range(0, count, size)), size))
+            assert [picture for batch in batches for picture in batch] == pictures
+            assert all(2 <= len(batch) <= max(2, size) + 1 for batch in batches)
+
+
+@pytest.mark.parametrize("count", [0, 256])
+def test_a_count_whose_labels_fit_no_byte_is_refused(count, tmp_path):
+    with pytest.raises(ValueError, match=rf"count must lie between 1 and 255 \(labels are bytes\), got {count}"):
+        extraction(tmp_path, tmp_path / "set", "regions", count=count)
+
+
+def test_the_rule_of_heads_by_mass_names_its_mass(encoder):
+    assert Baseline("heads-mass", encoder, parts=99).describe()["mass"] == 0.6
+    assert "mass" not in Baseline("heads", encoder, parts=99).describe()
+
+
+@pytest.mark.parametrize("name", ["kmeans-image", "regions"])
+def test_where_the_object_has_fewer_cells_than_parts_each_is_a_part(name, encoder, tokens):
+    parts, _ = Baseline(name, encoder, parts=200).label(tokens)
+
+    for labels in parts:
+        inside = labels[labels < 200]
+        assert sorted(inside.tolist()) == list(range(len(inside)))
 
 
 def test_kmeans_of_a_picture_finds_the_parts_of_its_object(encoder, tokens):
@@ -153,7 +197,26 @@ def test_bands_are_stripes_and_a_grid_is_rectangles(encoder, tokens):
     cols = torch.arange(GRID)[None].expand(GRID, GRID).flatten()
     inside = bands[0] < 4
     assert torch.equal(bands[0][inside], (rows * 4 // GRID)[inside])
-    assert torch.equal(grid[0][inside], ((rows * 3 // GRID) * 2 + cols * 2 // GRID)[inside])
+    assert torch.equal(grid[0][inside], ((cols * 2 // GRID) * 3 + rows * 3 // GRID)[inside])
+
+
+@pytest.mark.parametrize("parts", [5, 7])
+def test_a_grid_of_a_prime_number_of_parts_is_compact_rectangles_too(parts):
+    fine = load_encoder("random:vit_tiny_patch16_224", grid=28, precision="fp32")
+    tokens = tokens_of(torch.randn(2, 28**2, 16), torch.rand(2, 3, 28**2))
+
+    grid, bands = (
+        Baseline(name, fine, parts=parts, foreground_share=1.0).label(tokens)[0][0].reshape(28, 28)
+        for name in ("grid", "bands")
+    )
+
+    assert grid.unique().tolist() == bands.unique().tolist() == list(range(parts))
+    assert not torch.equal(grid, bands)
+    for part in range(parts):
+        rows, cols = (places.unique() for places in (grid == part).nonzero(as_tuple=True))
+        assert len(rows) * len(cols) == (grid == part).sum(), "no rectangle"
+        assert max(len(rows), len(cols)) <= 2 * min(len(rows), len(cols)), "not compact"
+        assert (grid == part).sum().item() == pytest.approx(28**2 / parts, rel=0.15)
 
 
 def test_regions_are_compact_and_another_draw_in_another_picture(encoder, tokens):
@@ -171,20 +234,7 @@ def test_regions_are_compact_and_another_draw_in_another_picture(encoder, tokens
 
 
 def test_extraction_writes_a_baseline_and_says_which(tmp_path):
-    photos = photographs(tmp_path / "photos", 5)
-    run = RunConfig(out=tmp_path / "set", device="cpu", precision="fp32")
-    config = ExtractConfig(
-        images=str(photos),
-        parts=Path("regions"),
-        encoder="random:vit_tiny_patch16_224",
-        grid=4,
-        count=3,
-        size=32,
-        backend="local",
-        run=run,
-    )
-
-    info = extract(config)
+    info = extract(extraction(photographs(tmp_path / "photos", 5), tmp_path / "set", "regions", count=3))
 
     assert verify(tmp_path / "set", "deep") == []
     assert (info["groups"], info["producer"]["labels"]["baseline"]) == (4, "regions")

@@ -134,7 +134,15 @@ def without_effect(learner: PartLearner, config: LearnConfig) -> list[str]:
     return [*constants, "attention.key_bias"] if config.softmax == "positions" else []
 
 
-EVERYWHERE = {"init": "random", "relative": False, "softmax": "positions", "where": "everywhere", "background": False}
+EVERYWHERE = {
+    "init": "random",
+    "relative": False,
+    "whiten": 0,
+    "diffusion": 0,
+    "softmax": "positions",
+    "where": "everywhere",
+    "background": False,
+}
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYWHERE | {"steps": 30}], ids=["default", "everywhere"])

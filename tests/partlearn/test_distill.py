@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import distillation as slow
 from stripes import draw_stripes, tiny
 from timm.models.vision_transformer import VisionTransformer
@@ -137,6 +138,26 @@ def test_a_finished_run_is_not_run_again(images, tmp_path):
     first = distill(tiny(images, tmp_path / "run"))
 
     assert distill(tiny(images, tmp_path / "run")) == first
+
+
+def test_a_run_killed_before_its_report_gives_the_same_report_and_warning(tmp_path, capsys):
+    """Of black pictures, which no encoder tells apart, and one that is no picture."""
+    (tmp_path / "black").mkdir()
+    for number in range(40):
+        Image.new("RGB", (24, 24)).save(tmp_path / "black" / f"{number}.png")
+    (tmp_path / "black" / "torn.png").write_bytes(b"no picture")
+    config = tiny(str(tmp_path / "black"), tmp_path / "run")
+    report, told = distill(config), capsys.readouterr().err
+    (tmp_path / "run" / "DONE.json").unlink()
+
+    again = distill(config)
+
+    assert list(again) == list(report)
+    assert again | {"seconds": 0} == report | {"seconds": 0}
+    assert {"loss_class", "told_apart", "gradient_norm"} <= set(report)
+    assert report["unreadable"] == 1
+    assert "(collapse)" in told
+    assert "(collapse)" in capsys.readouterr().err
 
 
 def test_no_epochs_leave_the_encoder_as_it_was_drawn(images, tmp_path):

@@ -1,5 +1,7 @@
 """Scorers of foreground and the confidence that there is one, on tokens whose object is known."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from partlearn.encoders import Tokens
 from partlearn.foreground import (
     border_distance,
     confidence,
+    contrast,
     first_component,
     foreground_rank,
     foreground_score,
@@ -21,31 +24,57 @@ from partlearn.foreground import (
 SIDE, DIM = 12, 16
 
 
-def scene(*, contrast: float) -> tuple[Tokens, torch.Tensor]:
-    """Four pictures with a square object, its tokens `contrast` away from the ground's."""
+def scene(*, apart: float) -> tuple[Tokens, torch.Tensor]:
+    """Four pictures with a square object, its tokens `apart` away from the ground's."""
     generator = torch.Generator().manual_seed(0)
     ground, thing = F.normalize(torch.randn(2, DIM, generator=generator), dim=1)
     inside = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
     for number in range(4):
         inside[number, 2 + number : 7 + number, 3:8] = True
     cells = inside.flatten(1)
-    tokens = ground + contrast * cells[..., None] * (thing - ground)
+    tokens = ground + apart * cells[..., None] * (thing - ground)
     tokens = tokens + 0.05 * torch.randn(*tokens.shape, generator=generator)
     attention = (0.1 + cells.float())[:, None].expand(-1, 3, -1) / 100
     return Tokens(tokens.mean(1), tokens, torch.cat([tokens.mean(1, keepdim=True), tokens], 1), attention), cells
 
 
-@pytest.mark.parametrize("scorer", ["border", "component", "cut", "attention"])
+@pytest.mark.parametrize("scorer", ["contrast", "border", "component", "cut", "attention"])
 def test_every_scorer_puts_the_object_first(scorer):
-    tokens, cells = scene(contrast=1.0)
+    tokens, cells = scene(apart=1.0)
 
     rank = foreground_rank(foreground_score(tokens, scorer))
 
     assert torch.equal(rank < 25, cells)
 
 
+def test_contrast_forgives_a_border_that_a_few_odd_cells_spoil():
+    """Four corner tokens of one large direction, as ViTs keep sums of the picture there."""
+    tokens, cells = scene(apart=1.0)
+    odd = torch.zeros(tokens.patch_tokens.shape[2])
+    odd[0] = 3.0
+    spoilt = tokens.patch_tokens.clone()
+    spoilt[:, [0, SIDE - 1, SIDE * (SIDE - 1), SIDE**2 - 1]] = odd
+    looked_at = dataclasses.replace(tokens, patch_tokens=spoilt)
+
+    def found(scorer) -> float:
+        return (cells & (foreground_rank(foreground_score(looked_at, scorer)) < 25)).sum().item() / cells.sum().item()
+
+    assert found("contrast") > found("border") + 0.1
+
+
+def test_contrast_is_the_difference_of_two_cosines():
+    tokens = torch.randn(1, 36, 5, generator=torch.Generator().manual_seed(0)).double()
+    thing = object_cells(border_distance(tokens), None)[0]
+    unit = [token / token.norm() for token in tokens[0]]
+    means = [sum(u for u, mine in zip(unit, cells, strict=True) if mine) for cells in (thing, ~thing)]
+
+    expected = [float(u @ means[0] / means[0].norm() - u @ means[1] / means[1].norm()) for u in unit]
+
+    assert contrast(tokens)[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_cut_is_the_generalised_eigenvector_of_the_graph():
-    tokens, _ = scene(contrast=1.0)
+    tokens, _ = scene(apart=1.0)
     cut = normalised_cut(tokens.patch_tokens)[0].double()
 
     unit = F.normalize(tokens.patch_tokens[0], dim=-1)
@@ -58,7 +87,7 @@ def test_the_cut_is_the_generalised_eigenvector_of_the_graph():
 
 
 def test_the_component_explains_the_most_variance():
-    tokens, _ = scene(contrast=0.5)
+    tokens, _ = scene(apart=0.5)
     unit = F.normalize(tokens.patch_tokens[0], dim=-1)
 
     along = first_component(tokens.patch_tokens)[0]
@@ -93,8 +122,8 @@ def test_the_object_is_found_whatever_its_size():
 
 def test_confidence_falls_with_the_object():
     figures = []
-    for contrast in (1.0, 0.3, 0.0):
-        tokens, _ = scene(contrast=contrast)
+    for apart in (1.0, 0.3, 0.0):
+        tokens, _ = scene(apart=apart)
         rank = foreground_rank(foreground_score(tokens, "border"))
         figures.append(confidence(tokens.patch_tokens, rank).mean().item())
 

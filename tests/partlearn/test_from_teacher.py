@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from stripes import draw_stripes, tiny
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from partlearn.distill import distill, new_objective
 from partlearn.encoders import load_encoder
 from partlearn.from_teacher import cosine_loss, running_mean, told_apart
+from partlearn.student import vit_tokens
 from partlearn.update import new_optimizer
 from partlearn.views import PictureBatches
 from shards.pictures import list_pictures
@@ -66,7 +68,7 @@ def test_the_running_mean_is_the_mean_over_all_steps():
     steps, mean = torch.randn(6, 4, 5, 3), torch.zeros(3)
 
     for step, tokens in enumerate(steps):
-        mean = running_mean(mean, tokens, step=step)
+        mean = running_mean(mean, tokens.mean(dim=(0, 1)), step=step)
 
     assert torch.allclose(mean, steps.mean(dim=(0, 1, 2)), atol=1e-6)
 
@@ -188,6 +190,64 @@ def test_the_teacher_may_have_any_patch_and_more_prefix_tokens(images, tmp_path)
 
     assert np.isfinite(report["loss_patch"])
     assert json.loads((tmp_path / "run/config.json").read_text())["teacher"] == "random:vit_small_patch14_reg4_dinov2"
+
+
+def test_a_student_of_all_the_teachers_blocks_begins_as_the_teacher(images, tmp_path):
+    """LayerScale, mean and deviation included: the teacher gets its own."""
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28)
+    scales = {name: torch.rand_like(weight) for name, weight in model.state_dict().items() if name.endswith("gamma")}
+    torch.save(model.state_dict() | scales, tmp_path / "teacher.pth")
+    teacher = f"timm:vit_small_patch14_dinov2={tmp_path / 'teacher.pth'}"
+    config = tiny(images, tmp_path, teacher=teacher, teacher_blocks=tuple(range(12)), size=28)
+    objective = new_objective(config)
+    pixels = squares(images, 28)
+
+    ours = vit_tokens(objective.student, objective.teacher.normalised(pixels))
+
+    assert torch.allclose(ours[:, 1:], objective.teacher(pixels).patch_tokens, atol=1e-4)
+
+
+def test_a_student_of_the_teachers_blocks_reads_what_the_teacher_reads(images, tmp_path):
+    source = "random:vit_tiny_patch16_224"  # mean and deviation of 0.5
+    distill(tiny(images, tmp_path, teacher=source, teacher_blocks=tuple(range(12)), size=32, epochs=0))
+
+    pixels = squares(images, 32)
+    ours, theirs = load_encoder(f"run:{tmp_path}", grid=2), load_encoder(source, grid=2)
+    assert torch.allclose(ours(pixels).patch_tokens, theirs(pixels).patch_tokens, atol=1e-4)
+
+
+def test_without_a_class_weight_patches_alone_are_learned(images, teacher, tmp_path):
+    objective = new_objective(tiny(images, tmp_path, teacher=teacher, class_weight=0.0))
+
+    losses = objective.losses(squares(images, 32), step=0)
+    (losses.of_class + losses.of_patch).backward()
+
+    assert losses.of_class == 0
+    assert not objective.class_projection.weight.grad.any()
+    assert objective.patch_projection.weight.grad.any()
+    assert losses.shown["told_apart"] > 0.02
+
+
+def test_a_student_of_some_blocks_learns_and_loads_as_a_plain_vit(images, teacher, tmp_path):
+    report = distill(tiny(images, tmp_path / "run", teacher=teacher, teacher_blocks=(0, 2), size=32, epochs=12))
+
+    lines = read_metrics(tmp_path / "run")
+    encoder = load_encoder(f"run:{tmp_path / 'run'}", grid=6)
+    assert (encoder.patch, encoder.dim, encoder.depth, encoder.heads) == (8, 48, 2, 3)
+    assert report["loss_patch"] < 0.6 * lines[0]["loss_patch"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_blocks": (0,)}, "needs the --teacher"),
+        ({"teacher": "random:vit_tiny_patch16_224", "teacher_blocks": (12,)}, "between 0 and 11"),
+        ({"teacher": "random:vit_small_patch14_reg4_dinov2", "teacher_blocks": (0,), "size": 28}, "no registers"),
+    ],
+)
+def test_blocks_that_no_plain_vit_can_begin_as_are_refused(images, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        new_objective(tiny(images, tmp_path, **settings))
 
 
 def test_bf16_trains_and_saves_fp32(images, teacher, tmp_path):

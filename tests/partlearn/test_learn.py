@@ -16,6 +16,7 @@ from training.metrics import read_metrics
 
 LITERAL = {
     "target": "pixels", "where": "everywhere", "init": "heads", "softmax": "positions", "relative": False,
+    "whiten": 0, "diffusion": 0,
     "background": False, "decoder_size": 8,
 }  # fmt: skip
 
@@ -98,10 +99,10 @@ def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
     [
         ({"parts": 1}, "parts must lie between 2 and 255"),
         ({"foreground_share": 0.0}, "foreground_share must lie in"),
-        ({"init": "heads"}, "belong together"),
+        ({"init": "heads"}, "add --no-relative --whiten 0 --diffusion 0"),
         ({"foreground": "maps"}, "add --where everywhere"),
         ({"target": "pixels", "decoder_size": 9}, "decoder_size must be grid 4 times"),
-        ({"encoder_block": 12}, "encoder_block must lie between 0 and 11"),
+        ({"encoder_block": 13}, "encoder_block must lie between 0 and 12"),
     ],
 )
 def test_a_setting_out_of_range_is_a_sentence(changes, sentence, photos, tmp_path):
@@ -144,10 +145,36 @@ def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_
 
     assert report["steps"] == 0
     assert {"parts_used", "speckle"} <= set(report)
+    (line,) = read_metrics(tmp_path / "run")
+    assert line.pop("step") == 0
+    assert line == {name: report[name] for name in report if name not in ("steps", "pictures", "encoder")}
     assert Labeller(tmp_path / "run").groups == 4
 
 
 def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):
     learn(config(photos, tmp_path / "run", parts=40, steps=0))
 
-    assert "it has vanished" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "it has vanished; ask for fewer --parts, or read another --encoder-block" in told
+    assert "--balance" not in told
+
+
+@pytest.mark.parametrize("steps", [0, 14])
+def test_a_run_killed_before_its_report_gives_the_same_report_and_warnings(steps, photos, tmp_path, capsys):
+    chosen = config(photos, tmp_path / "run", parts=20, steps=steps)
+    report, told = learn(chosen), capsys.readouterr().err
+    lines = read_metrics(tmp_path / "run")
+    (tmp_path / "run" / "DONE.json").unlink()
+
+    again = learn(chosen)
+
+    assert again == report
+    assert {"parts_used", "area_19"} <= set(report)
+    assert capsys.readouterr().err == told
+    assert "it has vanished" in told
+    assert read_metrics(tmp_path / "run") == lines
+
+
+def test_more_parts_than_cells_to_start_from_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"k-means of 200 parts needs as many cells, and there are \d+; ask for fewer"):
+        learn(config(photographs(tmp_path / "photos", 6), tmp_path / "run", parts=200, views=0, steps=0))

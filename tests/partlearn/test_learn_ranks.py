@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import photographs
 
 from training.checkpoint import find, load_tensors
@@ -48,14 +47,17 @@ def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
     assert one.keys() == two.keys()
     for name, expected in one.items():
         if not name.endswith(ROUNDING[target]):
-            assert torch.allclose(two[name], expected, atol=5e-5), name
+            apart = (two[name] - expected).abs()
+            assert apart.max() < 3e-4, name  # a gradient near 0 is rounding, and Adam's step of 1e-3 follows its sign
+            assert (apart > 5e-5).float().mean() < 1e-3, name
     for alone, shared in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert shared["diversity"] == pytest.approx(alone["diversity"], rel=1e-4)
 
 
-def test_ranks_that_cannot_share_kept_views_are_refused(tmp_path):
-    done = learn_parts("two", "--views 2", photographs(tmp_path / "photos", 6), tmp_path / "run")
+def test_ranks_that_cannot_share_kept_views_are_refused_before_a_picture_is_looked_for(tmp_path):
+    done = learn_parts("two", "--views 2", tmp_path / "nowhere", tmp_path / "run")
 
     assert done.returncode != 0
+    assert not (tmp_path / "run").exists()
     assert "2 ranks cannot share views kept in memory (--views 2); take --views 0" in done.stderr

@@ -10,7 +10,7 @@ from partlearn.encoders import load_encoder
 from partlearn.foreground import border_cells, border_distance, foreground_rank
 from partlearn.kmeans import spherical_kmeans
 from partlearn.losses import balance_loss, diversity_loss, feature_loss
-from partlearn.parts import PartAttention, balanced, part_maps, relative_tokens
+from partlearn.parts import PartAttention, balanced, centred_tokens, part_maps
 
 
 def everywhere(batch: int, patches: int) -> torch.Tensor:
@@ -89,13 +89,12 @@ def test_the_argmax_over_positions_is_that_of_the_maps():
     assert torch.equal(balanced(logits, "positions", inside).argmax(1), maps.argmax(1))
 
 
-def test_relative_tokens_do_not_change_when_a_picture_shifts_as_a_whole():
+def test_centred_tokens_do_not_change_when_a_picture_shifts_as_a_whole():
     tokens, inside = torch.randn(2, 9, 4), everywhere(2, 9)
-    whitening = torch.rand(4, 3)
 
-    shifted = relative_tokens(tokens + torch.randn(2, 1, 4), inside, whitening)
+    shifted = centred_tokens(tokens + torch.randn(2, 1, 4), inside)
 
-    assert torch.allclose(shifted, relative_tokens(tokens, inside, whitening), atol=1e-5)
+    assert torch.allclose(shifted, centred_tokens(tokens, inside), atol=1e-5)
 
 
 def test_diversity_is_0_for_disjoint_maps_and_30_of_36_for_equal_ones():

@@ -126,7 +126,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("resnet", "^an encoder source must be timm:NAME"),
+        ("resnet", "^an encoder source must be small, timm:NAME"),
         ("random:vit_gigantic_patch3", "timm knows no architecture"),
         ("ibot:/no/such/file.pth", "no weights at"),
         ("run:/no/such/run", "no checkpoint at"),

@@ -67,6 +67,16 @@ def test_masks_are_one_part_whatever_their_depth(tmp_path):
     assert grey.count_parts(["a.jpg"]) == 1
 
 
+def test_a_map_of_another_size_or_orientation_than_its_picture_is_refused(tmp_path):
+    files = drawn(tmp_path, "labels", np.zeros((3, 4), np.uint8))
+
+    assert files.read_for("a.jpg", (4, 3)).shape == (3, 4)
+    with pytest.raises(
+        ValueError, match=r"labels/a\.png is 4x3, but its picture is 3x4 as shown .* EXIF .* give the map"
+    ):
+        files.read_for("a.jpg", (3, 4))
+
+
 def test_a_map_in_colours_is_refused(tmp_path):
     files = drawn(tmp_path, "labels", np.zeros((2, 2, 3), np.uint8))
 
