@@ -133,12 +133,17 @@ class LearnConfig:
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
     softmax: Literal["parts", "positions"] = "parts"
     """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
-    target: Literal["features", "pixels"] = "features"
-    """What is rebuilt from the parts: the encoder's tokens, or the picture (the paper; answered by colour)."""
+    target: Literal["features", "pixels", "both"] = "features"
+    """What is rebuilt from the parts: the encoder's tokens, the picture (the paper; answered by colour), or both."""
+    style: Literal["class", "nothing"] = "class"
+    """What AdaIN may know beside the maps (target pixels): the class token, or nothing of the picture."""
     diversity: float = 0.03
     """Weight of Eq. 6."""
     balance: float = 0.1
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
+    consistency: float = 0.0
+    """Weight of the labels' agreement between two crops of a picture, mirrored and in other colours; each step then
+    looks twice (--views 0)."""
     views: int | None = None
     """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
     told, 4 where steps are taken, and else 0."""
@@ -166,14 +171,16 @@ class LearnConfig:
         if self.steps is None:
             object.__setattr__(self, "steps", 0 if self.init == "kmeans" else 1000)
         if self.views is None:
-            object.__setattr__(self, "views", 4 if self.steps else 0)
+            object.__setattr__(self, "views", 4 if self.steps and not self.consistency else 0)
+        if self.consistency and self.views:
+            raise ValueError(f"--consistency looks at fresh crops; take --views 0 with it, got {self.views}")
         if self.grid < 2 or self.updates < 0 or self.batch_size < 1 or self.kept_views < 0:
             raise ValueError(
                 "grid must be at least 2, batch_size at least 1, steps and views not negative, got "
                 f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
             )
         scale = self.decoder_size / self.grid
-        if self.target == "pixels" and scale not in (1, 2, 4, 8, 16):
+        if self.target != "features" and scale not in (1, 2, 4, 8, 16):
             raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
         if self.whiten < 0 or self.diffusion < 0:
             raise ValueError(f"whiten and diffusion must not be negative, got {self.whiten} and {self.diffusion}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from partlearn.config import LearnConfig
+from partlearn.consistency import Again, consistency_loss
 from partlearn.encoders import Encoder, load_encoder
 from partlearn.health import complaints, health
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
@@ -157,30 +158,44 @@ def _loss(
 ) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
     """Eq. 7: rebuilding + 0.03 · diversity (+ balance), its terms for the log, the maps and the cells they are on.
 
-    psnr is 10 log10(range² / error) on pixels of range 1, and 10 log10(1 / error) on tokens of unit length.
+    psnr is 10 log10(range² / error) on pixels of range 1, or else 10 log10(1 / error) on tokens of unit length.
     """
     cells = learner.learned_cells(view.tokens)
     logits, tokens = learner.read(view.tokens, cells)
     maps = part_maps(logits, config.softmax, cells)
-    if config.target == "features":
-        rebuilding = feature_loss(maps, learner.vectors, tokens, cells)
-        psnr = -10 * math.log10(max(rebuilding.item(), 1e-9))
-    else:
+    rebuilding, terms = torch.zeros((), device=maps.device), {}
+    if config.target != "pixels":
+        missed = feature_loss(maps, learner.vectors, tokens, cells)
+        rebuilding = rebuilding + missed
+        terms["psnr"] = -10 * math.log10(max(missed.item(), 1e-9))
+    if config.target != "features":
         square = maps.unflatten(2, (config.grid, config.grid))
         picture = picture_target(view, config.decoder_size, encoder)
+        known = view.tokens.class_token
         with autocast(picture.device, config.run.precision):
-            rebuilt = learner.decoder(square, view.tokens.class_token)
-        rebuilding = pixel_loss(rebuilt, picture)
+            rebuilt = learner.decoder(square, known if config.style == "class" else torch.zeros_like(known))
+        rebuilding = rebuilding + pixel_loss(rebuilt, picture)
         deviation = torch.tensor(encoder.description["std"], device=picture.device).reshape(3, 1, 1)
-        psnr = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, picture * deviation).item(), 1e-9))
+        terms["psnr"] = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, picture * deviation).item(), 1e-9))
     diversity = diversity_loss(maps)
     loss = rebuilding + config.diversity * diversity
-    terms = {"rebuilding": rebuilding.item(), "psnr": psnr, "diversity": diversity.item()}
+    terms |= {"rebuilding": rebuilding.item(), "diversity": diversity.item()}
     if config.softmax == "parts" and config.balance:
         balance = balance_loss(maps, cells)
         loss = loss + config.balance * balance
         terms["balance"] = balance.item()
+    if view.again:
+        unlike = _unlike(learner, config, view.again, maps, cells)
+        loss = loss + config.consistency * unlike
+        terms["unlike"] = unlike.item()
     return loss, terms, maps, cells
+
+
+def _unlike(learner: PartLearner, config: LearnConfig, again: Again, maps: Tensor, cells: Tensor) -> Float[Tensor, ""]:
+    """How far the second view's shares are from those of the first."""
+    again_cells = learner.learned_cells(again.tokens)
+    again_maps = part_maps(learner.read(again.tokens, again_cells)[0], config.softmax, again_cells)
+    return consistency_loss(maps, cells, again_maps, again_cells, again.boxes, again.flip)
 
 
 def over_ranks(ours: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -40,7 +40,7 @@ class LearnerShape:
     """Tokens are read at unit length."""
     diffusion: int
     softmax: Softmax
-    target: Literal["features", "pixels"]
+    target: Literal["features", "pixels", "both"]
     decoder_size: int
 
     @property
@@ -63,9 +63,9 @@ class PartLearner(nn.Module):
         if shape.whitened:
             self.whitening: Tensor
             self.register_buffer("whitening", torch.zeros(shape.dim, shape.width))
-        if shape.target == "features":
+        if shape.target != "pixels":
             self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.width))
-        else:
+        if shape.target != "features":
             self.decoder = PictureDecoder(shape.dim, shape.parts, grid=shape.grid, size=shape.decoder_size)
 
     def learned_cells(self, tokens: Tokens) -> Bool[Tensor, "batch patches"]:

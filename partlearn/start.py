@@ -44,7 +44,7 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
             attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)
         else:
             attention.start_at_random(generator)
-        if config.target == "features":
+        if config.target != "pixels":
             learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
         return
     if learner.shape.whitened:
@@ -53,7 +53,7 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
     points = _drawn(learner, views, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
     centres = spherical_kmeans(points.cpu(), config.parts, generator=generator).to(points.device)
     attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
-    if config.target == "features":
+    if config.target != "pixels":
         learner.vectors.copy_(centres)
 
 

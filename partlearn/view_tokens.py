@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from partlearn.config import LearnConfig
+from partlearn.consistency import Again, look_again
 from partlearn.encoders import Encoder, Tokens
 from partlearn.views import PictureBatches, crop, random_boxes
 from shards.order import permutation
@@ -25,6 +26,8 @@ class View:
 
     pixels: UInt8[Tensor, "batch height width 3"]
     tokens: Tokens
+    again: Again | None = None
+    """The same pictures seen again, where labels are to agree."""
 
 
 class Views:
@@ -79,7 +82,11 @@ def _cropped(
             flip = torch.rand(batch_size, generator=generator)[first:last] < 0.5
             pixels = crop(images.permute(0, 3, 1, 2).float() / 255, boxes, encoder.size, flip)
             whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-            yield View(whole, encoder(whole))
+            again = None
+            if config.consistency:
+                seed = config.seed * 1_000_003 + step
+                again = look_again(whole, encoder, seed=seed, rank=rank, world_size=world_size)
+            yield View(whole, encoder(whole), again)
             step += 1
     finally:
         batches.close()
@@ -123,7 +130,7 @@ def _encode_all(config: LearnConfig, encoder: Encoder, pictures: PictureList, co
 
 def _packed(view: View, config: LearnConfig) -> View:
     """Halved to fp16; pictures only where they are the target, else one pixel of them."""
-    pixels = view.pixels if config.target == "pixels" else view.pixels[:, :1, :1]
+    pixels = view.pixels if config.target != "features" else view.pixels[:, :1, :1]
     tokens = Tokens(*(getattr(view.tokens, name).half().cpu() for name in Tokens.__dataclass_fields__))
     return View(pixels.cpu(), tokens)
 
@@ -141,7 +148,7 @@ def bytes_of_a_view(encoder: Encoder, *, pixels: bool) -> int:
 
 
 def _refuse_what_does_not_fit(config: LearnConfig, encoder: Encoder, count: int) -> None:
-    need = count * bytes_of_a_view(encoder, pixels=config.target == "pixels")
+    need = count * bytes_of_a_view(encoder, pixels=config.target != "features")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > free / 2:
         raise ValueError(

@@ -122,11 +122,11 @@ def random_boxes(
 
 
 def crop(
-    images: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch channels height width"],
     boxes: Float[Tensor, "batch 4"],
     size: int,
     flip: Bool[Tensor, " batch"],
-) -> Float[Tensor, "batch 3 size size"]:
+) -> Float[Tensor, "batch channels size size"]:
     """One box of each picture at `size` pixels, mirrored where `flip`: bilinear samples at the new pixels' centres.
 
     Bilinear sampling skips pixels where a box shrinks more than twofold; such pictures are halved by averaging
@@ -142,11 +142,11 @@ def crop(
     rows_x = torch.stack([(x1 - x0) * sign, zero, x0 + x1 - 1], dim=1)
     rows_y = torch.stack([zero, y1 - y0, y0 + y1 - 1], dim=1)
     theta = torch.stack([rows_x, rows_y], dim=1)
-    cropped = images.new_empty(len(images), 3, size, size)
+    cropped = images.new_empty(*images.shape[:2], size, size)
     for level in halvings.unique().tolist():
         chosen = halvings == level
         source = F.avg_pool2d(images[chosen], 2**level) if level else images[chosen]
-        where = F.affine_grid(theta[chosen], [len(source), 3, size, size], align_corners=False)
+        where = F.affine_grid(theta[chosen], [*source.shape[:2], size, size], align_corners=False)
         cropped[chosen] = F.grid_sample(source, where, padding_mode="border", align_corners=False)
     return cropped
 

@@ -8,8 +8,10 @@ import torch
 from conftest import photographs
 
 from partlearn.config import LearnConfig
+from partlearn.encoders import load_encoder
 from partlearn.label import Labeller
-from partlearn.learn import learn
+from partlearn.learn import learn, new_learner
+from partlearn.learner import load_learner
 from training import checkpoint
 from training.config import RunConfig
 from training.metrics import read_metrics
@@ -123,6 +125,36 @@ def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
 
     with pytest.raises(ValueError, match="turn their queries and keys by position"):
         learn(rotary)
+
+
+@pytest.mark.parametrize(
+    "changes", [LITERAL | {"target": "both"}, LITERAL | {"style": "nothing"}, {"consistency": 1.0, "views": 0}]
+)
+def test_every_loss_trains_what_it_reaches(changes, photos, tmp_path):
+    chosen = config(photos, tmp_path / "run", **changes)
+
+    report = learn(chosen)
+
+    learner, _, _ = load_learner(tmp_path / "run")
+    fresh = new_learner(chosen, load_encoder(chosen.encoder, grid=chosen.grid))
+    started = fresh.state_dict()
+    moved = {name for name, tensor in learner.state_dict().items() if not torch.equal(tensor, started[name])}
+    assert any(name.startswith("decoder") for name in moved) == (chosen.target != "features")
+    assert ("vectors" in moved) == (chosen.target != "pixels")
+    assert "attention.query" in moved
+    assert ("unlike" in report) == (chosen.consistency > 0)
+
+
+def test_a_style_that_may_know_nothing_is_the_same_for_every_picture(photos, tmp_path):
+    """Its weights on the class token get no gradient: they only decay."""
+    for style in ("class", "nothing"):
+        learn(config(photos, tmp_path / style, **LITERAL, style=style))
+
+    fresh = new_learner(config(photos, tmp_path, **LITERAL), load_encoder("random:vit_tiny_patch16_224", grid=4))
+    name = "decoder.stages.0.styles.0.style.weight"
+    before = fresh.state_dict()[name]
+    knowing, blind = ((weights(tmp_path / style)[name] / before).std() for style in ("class", "nothing"))
+    assert blind < 1e-5 < knowing
 
 
 def test_paper_is_the_literal_form(photos, tmp_path):

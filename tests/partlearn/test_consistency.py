@@ -1,0 +1,80 @@
+"""The loss that keeps labels on the object, against maps whose agreement is known."""
+
+import pytest
+import torch
+
+from partlearn.config import LearnConfig
+from partlearn.consistency import consistency_loss, look_again
+from partlearn.encoders import load_encoder
+from training.config import RunConfig
+
+GRID = 8
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+
+def halves(*, swapped: bool = False) -> torch.Tensor:
+    """Part 0 on the left half of the grid, part 1 on the right; or the other way round."""
+    left = (torch.arange(GRID**2) % GRID < GRID // 2).float()
+    maps = torch.stack([left, 1 - left])[None]
+    return maps.flip(1) if swapped else maps
+
+
+def unlike(maps, again, boxes=WHOLE, *, mirrored=False, cells=None) -> float:
+    everywhere = torch.ones(1, GRID**2, dtype=torch.bool)
+    cells = everywhere if cells is None else cells
+    return consistency_loss(maps, cells, again, everywhere, boxes, torch.tensor([mirrored])).item()
+
+
+def test_equal_maps_agree_and_exchanged_ones_do_not_at_all():
+    assert unlike(halves(), halves()) == pytest.approx(0, abs=1e-6)
+    assert unlike(halves(), halves(swapped=True)) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_mirrored_view_is_compared_with_the_mirrored_maps():
+    assert unlike(halves(), halves(swapped=True), mirrored=True) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_crop_of_the_left_half_sees_the_left_part_alone():
+    left = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    alone = torch.stack([torch.ones(GRID**2), torch.zeros(GRID**2)])[None]
+
+    inner = torch.arange(GRID**2)[None] % GRID < GRID // 2 - 1  # the last column is blended with the other half
+    assert unlike(halves(), alone, left, cells=inner) == pytest.approx(0, abs=1e-6)
+    assert unlike(halves(), alone.flip(1), left, cells=inner) == pytest.approx(1, abs=1e-6)
+
+
+def test_cells_outside_one_of_the_views_do_not_count():
+    nowhere = torch.zeros(1, GRID**2, dtype=torch.bool)
+
+    assert unlike(halves(), halves(swapped=True), cells=nowhere) == 0
+
+
+def test_the_loss_pulls_on_both_views():
+    logits = torch.randn(2, 1, 3, GRID**2, requires_grad=True)
+    maps, again = logits.softmax(dim=2)
+
+    everywhere = torch.ones(1, GRID**2, dtype=torch.bool)
+    consistency_loss(maps, everywhere, again, everywhere, WHOLE, torch.tensor([True])).backward()
+
+    assert (logits.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def test_two_ranks_look_where_one_does():
+    encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    one = look_again(pixels, encoder, seed=5)
+    two = [look_again(half, encoder, seed=5, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))]
+
+    assert torch.equal(one.boxes, torch.cat([view.boxes for view in two]))
+    assert torch.equal(one.flip, torch.cat([view.flip for view in two]))
+    tokens = torch.cat([view.tokens.patch_tokens for view in two])
+    assert torch.allclose(one.tokens.patch_tokens, tokens, atol=1e-4)
+
+
+def test_kept_views_cannot_be_looked_at_again(tmp_path):
+    run = RunConfig(out=tmp_path, device="cpu")
+
+    with pytest.raises(ValueError, match="--views 0"):
+        LearnConfig(images="x", encoder="small", consistency=1.0, views=2, run=run)
+    assert LearnConfig(images="x", encoder="small", consistency=1.0, steps=9, run=run).kept_views == 0
