@@ -110,7 +110,7 @@ def _train(
             shown = train_step(objective, optimizer, images.to(device), config, step=step, total=total)
             step += 1
             if monitor and (step == total or _ends_period(step, config, count)):
-                measured = {"knn": monitor(objective.encoder, config.run.precision)}
+                measured = {"knn": monitor(objective.encoder, config.run.precision, objective.mean, objective.std)}
                 shown |= measured
             if step == last:
                 shown["unreadable"] = _unreadable(batches, count, device)

@@ -1,6 +1,7 @@
 """How well an encoder's class tokens tell labelled pictures apart, while it is trained."""
 
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from partlearn.crops import normalised, unit
+from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
 from partlearn.student import vit_tokens
 from shards.pictures import Picture, PictureError, decode_rgb, list_pictures, read_bytes, square
 from training.device import autocast
@@ -45,11 +47,17 @@ class Monitor:
         self.labels: Int64[Tensor, " pictures"] = torch.tensor(labels)
 
     @torch.no_grad()
-    def __call__(self, encoder: VisionTransformer, precision: str) -> float:
+    def __call__(
+        self,
+        encoder: VisionTransformer,
+        precision: str,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> float:
         """Accuracy, from 0 to 1, of guessing each picture's class from the others' class tokens."""
         device = next(encoder.parameters()).device
         with autocast(device, precision):
-            chunks = (normalised(unit(chunk.to(device))) for chunk in self.images.split(CHUNK))
+            chunks = (normalised(unit(chunk.to(device)), mean, std) for chunk in self.images.split(CHUNK))
             tokens = torch.cat([vit_tokens(encoder, chunk)[:, 0].float() for chunk in chunks])
         return knn_accuracy(tokens, self.labels.to(device))
 

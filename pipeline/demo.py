@@ -30,8 +30,13 @@ from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import clock
 
+SMALL = Path("small")
+"""The encoder and parts that come with the project, learned on photographs (partlearn/small/README.md)."""
 PICTURES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
 GRID = SIDE // PATCH
+PHOTO_SIDE = 112
+"""Of the squares stored of one's own pictures: 14 patches a side, which divide the 28 cells of the parts that come with
+the project."""
 SHORT = {
     "foreground_ap": "AP",
     "foreground_recall_quarter": "recall",
@@ -85,11 +90,11 @@ class Stages:
             run=self.run(name),
         )
 
-    def shards(self, images: str | None, parts: LearnConfig, name: str) -> ExtractConfig:
+    def shards(self, images: str | None, parts: Path, name: str) -> ExtractConfig:
         return ExtractConfig(
             images=images,
-            parts=parts.run.out,
-            size=SIDE,
+            parts=parts,
+            size=SIDE if self.config.images is None else PHOTO_SIDE,
             samples_per_shard=512,
             backend="local",
             seed=self.config.seed,
@@ -126,10 +131,7 @@ def demo(config: DemoConfig) -> None:
     stages = Stages(config, str(pictures / "train") if procedural else str(config.images))
     classes = list_pictures(stages.images).classes
 
-    encoder = stages.encoder(trained=True)
-    _step("encoder", "a small ViT by self-distillation", lambda: distill(encoder))
-    parts = stages.parts(encoder, "parts")
-    _step("parts", "six parts and the background from its tokens", lambda: learn(parts))
+    parts = _learn_parts(stages) if procedural else SMALL
     _step(
         "shards",
         "labels beside every picture",
@@ -158,6 +160,15 @@ def demo(config: DemoConfig) -> None:
     print(f"picture sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}")
 
 
+def _learn_parts(stages: Stages) -> Path:
+    """On drawings, which no photograph prepares for."""
+    encoder = stages.encoder(trained=True)
+    _step("encoder", "a small ViT by self-distillation", lambda: distill(encoder))
+    parts = stages.parts(encoder, "parts")
+    _step("parts", "six parts and the background from its tokens", lambda: learn(parts))
+    return parts.run.out
+
+
 def _draw(pictures: Path, seed: int) -> None:
     write_creatures(pictures / "train", count=PICTURES, seed=seed, size=SIDE)
     write_creatures(pictures / "val", count=HELD_OUT, seed=seed + 1_000, size=SIDE)
@@ -179,7 +190,7 @@ def _print_parts(stages: Stages, pictures: Path, val: ExtractConfig) -> None:
     """Labels against the truth, beside shortcuts and the same learner on an untrained encoder."""
     untrained = stages.encoder(trained=False)
     parts = stages.parts(untrained, "parts-untrained")
-    control = stages.shards(val.images, parts, "shards-val-untrained")
+    control = stages.shards(val.images, parts.run.out, "shards-val-untrained")
     _step(
         "control",
         "the same learner on an untrained encoder",
