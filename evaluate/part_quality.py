@@ -131,7 +131,7 @@ def beyond_shortcut(
 
     Z is a cell's stratum (4 bands x 6 RGB clusters in `score`); null is I with the labels permuted inside
     each stratum, the mean of ten permutations. Labels that follow from Z score 0; coherent regions that mean
-    nothing keep a floor of about .05, so read the order of methods, not the number. None when Z
+    nothing keep a floor (random regions .13 on people), so read the order of methods, not the number. None when Z
     already tells the truth.
     """
     generator = np.random.default_rng(seed)

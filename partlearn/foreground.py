@@ -105,7 +105,7 @@ def otsu(score: Float[Tensor, "batch patches"]) -> Int64[Tensor, " batch"]:
     LEAST to MOST of the P cells, that maximises k (P - k) (mean of the best k - mean of the rest)².
 
     Objects are of different sizes: against a fixed 35 %, the IoU with the true object rises from .72 to .86 on people
-    and from .57 to .63 on cars, and labels of two crops of a photograph agree better (partlearn/RESULTS.md).
+    and from .57 to .63 on cars, and labels of two crops of a photograph agree better (docs/log.md).
     """
     ordered = score.sort(dim=1, descending=True).values
     cells = score.shape[1]
