@@ -1,6 +1,7 @@
 """Part maps that nothing was learned for, behind the learner's own interface: what learned parts have to beat.
 
-`kmeans` is not here: it is a part learner that takes no step (`learn-parts --steps 0`), its queries k-means centres.
+k-means over all pictures is not here: it is a part learner that takes no step (`learn-parts`; plain with --no-relative
+--whiten 0 --diffusion 0).
 """
 
 from dataclasses import dataclass

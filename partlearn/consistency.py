@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from partlearn.crops import random_places, unit
+from partlearn.crops import random_places, step_generator, unit
 from partlearn.encoders import Encoder, Tokens
 from partlearn.views import crop, jitter_colour
 
@@ -23,10 +23,16 @@ class Again:
 
 
 def look_again(
-    pixels: UInt8[Tensor, "batch height width 3"], encoder: Encoder, *, seed: int, rank: int = 0, world_size: int = 1
+    pixels: UInt8[Tensor, "batch height width 3"],
+    encoder: Encoder,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Again:
-    """A second view of one rank's block of a batch, a pure function of the pictures and the seed."""
-    block = {"generator": torch.Generator().manual_seed(seed), "rank": rank, "world_size": world_size}
+    """A second view of one rank's block of a batch, a pure function of the pictures, the seed and the step."""
+    block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
     whole = unit(pixels)
     boxes, flip = random_places(whole, scale=SCALE, **block)
     lit = crop(jitter_colour(whole, strength=JITTER, **block), boxes, encoder.size, flip)

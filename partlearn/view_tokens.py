@@ -84,8 +84,7 @@ def _cropped(
             whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             again = None
             if config.consistency:
-                seed = config.seed * 1_000_003 + step
-                again = look_again(whole, encoder, seed=seed, rank=rank, world_size=world_size)
+                again = look_again(whole, encoder, seed=config.seed, step=step, rank=rank, world_size=world_size)
             yield View(whole, encoder(whole), again)
             step += 1
     finally:

@@ -30,8 +30,6 @@ from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import clock
 
-SMALL = Path("small")
-"""The encoder and parts that come with the project, learned on photographs (partlearn/small/README.md)."""
 PICTURES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
 GRID = SIDE // PATCH
 PHOTO_SIDE = 112
@@ -131,7 +129,7 @@ def demo(config: DemoConfig) -> None:
     stages = Stages(config, str(pictures / "train") if procedural else str(config.images))
     classes = list_pictures(stages.images).classes
 
-    parts = _learn_parts(stages) if procedural else SMALL
+    parts = _learn_parts(stages) if procedural else Path("small")  # partlearn/small/README.md
     _step(
         "shards",
         "labels beside every picture",

@@ -1,11 +1,17 @@
 """The loss that keeps labels on the object, against maps whose agreement is known."""
 
+from contextlib import closing
+
 import pytest
 import torch
+from conftest import photographs
 
 from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, look_again
 from partlearn.encoders import load_encoder
+from partlearn.view_tokens import CROP_SCALE, Views
+from partlearn.views import random_boxes
+from shards.pictures import list_pictures
 from training.config import RunConfig
 
 GRID = 8
@@ -63,13 +69,31 @@ def test_two_ranks_look_where_one_does():
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    one = look_again(pixels, encoder, seed=5)
-    two = [look_again(half, encoder, seed=5, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))]
+    one = look_again(pixels, encoder, seed=5, step=3)
+    two = [
+        look_again(half, encoder, seed=5, step=3, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))
+    ]
 
     assert torch.equal(one.boxes, torch.cat([view.boxes for view in two]))
     assert torch.equal(one.flip, torch.cat([view.flip for view in two]))
     tokens = torch.cat([view.tokens.patch_tokens for view in two])
     assert torch.allclose(one.tokens.patch_tokens, tokens, atol=1e-4)
+
+
+def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
+    """Both of a step; from the same numbers, large crops would be seen again in large ones, and mirrored alike."""
+    images = str(photographs(tmp_path / "photos", 6))
+    run = RunConfig(out=tmp_path, device="cpu", precision="fp32")
+    config = LearnConfig(images=images, encoder="x", grid=4, steps=1, consistency=1.0, batch_size=6, run=run)
+    encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
+
+    with closing(Views(config, encoder, list_pictures(images)).batches(step=0)) as batches:
+        again = next(batches).again
+
+    first = random_boxes(6, scale=CROP_SCALE, generator=torch.Generator().manual_seed(0))
+    assert again is not None
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (first, again.boxes)]
+    assert not torch.equal(areas[0].argsort(), areas[1].argsort())
 
 
 def test_kept_views_cannot_be_looked_at_again(tmp_path):
