@@ -28,7 +28,8 @@ class DemoConfig:
     """The whole job, small enough for a laptop without a GPU."""
 
     images: str | None = None
-    """Pictures; without them, a procedural set of creatures with true parts is drawn."""
+    """Photographs, labelled with the parts that come with the project; without them, creatures with true parts are
+    drawn, and an encoder and parts are learned on those."""
     out: Path = Path("runs/demo")
     """Everything goes there; a second call reuses what is finished."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -46,8 +47,8 @@ class ScorePartsConfig:
     images: tuple[str, ...]
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255)."""
     parts: tuple[str, ...] = ("heads", "kmeans-image", "regions", "grid")
-    """Run folders of part learners, or baselines: heads, heads-mass, kmeans-image, regions, grid, bands,
-    shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are compared with each other."""
+    """Run folders of part learners (small: the one that comes with the project), or baselines: heads, heads-mass,
+    kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are compared with each other."""
     encoder: tuple[str, ...] = ()
     """Frozen encoders of the baselines, which are scored on every encoder x block x count (where block and count matter
     to them); a learner brings its own.
