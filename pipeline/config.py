@@ -48,7 +48,8 @@ class ScorePartsConfig:
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255)."""
     parts: tuple[str, ...] = ("heads", "kmeans-image", "regions", "grid")
     """Run folders of part learners (small: the one that comes with the project), or baselines: heads, heads-mass,
-    kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are compared with each other."""
+    kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
+    compared with each other."""
     encoder: tuple[str, ...] = ()
     """Frozen encoders of the baselines, which are scored on every encoder x block x count (where block and count matter
     to them); a learner brings its own.

@@ -190,7 +190,8 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
     for method in dict.fromkeys(methods):
         source, on, encoder = method.partition(" on ")
         name, end = re.split(r"((?: block \d+)? parts \d+$|$)", encoder, maxsplit=1)[:2]
-        plain = name if name.startswith("random:") else name.partition(":")[2].partition("=")[0].rpartition("/")[2]
+        kind, _, rest = name.partition(":")
+        plain = name if kind in ("random", "small") else rest.partition("=")[0].rpartition("/")[2]
         names[method] = f"{source.rpartition('/')[2]}{on}{plain}{end}"
     short = list(names.values())
     return {method: name if short.count(name) == 1 else method for method, name in names.items()}

@@ -321,6 +321,7 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
             f"{same}{ends[1]}",
             f"heads on random:vit{ends[0]}",
             "grid on timm:vit=/a/dino.pth parts 6",
+            "small on small block 3 parts 6",
             "bands parts 6",
         ]
     )
@@ -331,6 +332,7 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
         f"{same}{ends[1]}",
         "heads on random:vit block 9 parts 6",
         "grid on vit parts 6",
+        "small on small block 3 parts 6",
         "bands parts 6",
     ]
 
