@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from shards.pictures import decode_rgb, list_pictures, read_bytes
-from shards.truth import TruthFiles, cells_of
+from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,17 @@ class TruthSet:
         self._truth = TruthFiles(folder, [picture.name for picture in self.pictures])
 
     def centre(self, *, size: int, grid: int) -> View:
-        """The centre square of the short side, as extraction stores it."""
-        return self._view(lambda width, height, index: _square(width, height, 0.5), size, grid)
+        """The centre square of the short side, as extraction stores it.
+
+        Raises:
+            ValueError: No cell of any has a part, and nothing could be scored.
+        """
+        view = self._view(lambda width, height, index: _square(width, height, 0.5), size, grid)
+        if np.isin(view.truth, (0, UNKNOWN)).all():
+            raise ValueError(
+                f"no centre square of {self.folder} has a part: all is 0 or 255; check its labels or masks"
+            )
+        return view
 
     def off_centre(self, *, size: int, grid: int) -> View:
         """The squares at the ends of the long side, one end and the other by turns: place tells less of the parts."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from training.config import RunConfig
+from training.config import RunConfig, without_slash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,9 @@ class EncoderConfig:
     run: RunConfig
 
     def __post_init__(self):
+        object.__setattr__(self, "images", without_slash(self.images))
+        if len(set(self.teacher_blocks)) < len(self.teacher_blocks):
+            raise ValueError(f"--teacher-blocks must differ from each other, got {self.teacher_blocks}")
         if self.teacher_blocks and self.teacher is None:
             raise ValueError("--teacher-blocks needs the --teacher whose blocks they are")
         for name in () if self.teacher_blocks else ("size", "local_size") if self.teacher is None else ("size",):
@@ -89,6 +92,8 @@ PAPER = {
     "target": "pixels",
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
+SMALL = {"encoder_block": 3, "whiten": 32}
+"""What k-means reads best of the encoder `small`: its last norm, in fewer directions (partlearn/small/README.md)."""
 TRUTH = "truth"
 """What `extract --parts` calls the part maps that people drew (`partlearn/true_parts.py`)."""
 
@@ -100,11 +105,11 @@ class LearnConfig:
     images: str
     """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     encoder: str
-    """Frozen encoder: small (comes with the project; it reads best at --encoder-block 3 --whiten 32), timm:NAME,
-    timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    """Frozen encoder: small (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    random:NAME."""
     encoder_block: int | None = None
-    """Tokens as this block (from 0) reads them, or after the final norm (the number of blocks); the last block's unless
-    told."""
+    """Tokens as this block (from 0) reads them, or after the final norm (the number of blocks); unless told, the last
+    block's, and after the norm with small."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     parts: int = 6
@@ -125,8 +130,9 @@ class LearnConfig:
     """Which cells the parts are learned on."""
     relative: bool = True
     """Tokens minus the picture's mean (foreground) token, so that parts do not become classes."""
-    whiten: int = 64
-    """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are."""
+    whiten: int | None = None
+    """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are. Unless told
+    64 (or all, of fewer), and 32 with small."""
     diffusion: int = 3
     """Rounds in which a cell's token becomes the mean of its picture's cells like it; 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
@@ -160,8 +166,14 @@ class LearnConfig:
     run: RunConfig
 
     def __post_init__(self):
+        object.__setattr__(self, "images", without_slash(self.images))
         for name, value in PAPER.items() if self.paper else ():
             object.__setattr__(self, name, value)
+        for name, value in SMALL.items() if self.encoder == "small" and self.init == "kmeans" else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.whiten is None:
+            object.__setattr__(self, "whiten", 64)
         if not 2 <= self.parts <= 255:
             raise ValueError(f"parts must lie between 2 and 255 (labels are bytes), got {self.parts}")
         if self.foreground_share is not None and not 0 < self.foreground_share <= 1:
@@ -174,16 +186,19 @@ class LearnConfig:
             object.__setattr__(self, "views", 4 if self.steps and not self.consistency else 0)
         if self.consistency and self.views:
             raise ValueError(f"--consistency looks at fresh crops; take --views 0 with it, got {self.views}")
-        if self.grid < 2 or self.updates < 0 or self.batch_size < 1 or self.kept_views < 0:
-            raise ValueError(
-                "grid must be at least 2, batch_size at least 1, steps and views not negative, got "
-                f"{self.grid}, {self.steps}, {self.batch_size} and {self.views}"
-            )
+        for name, least in (
+            ("grid", 2),
+            ("batch_size", 1),
+            ("steps", 0),
+            ("views", 0),
+            ("whiten", 0),
+            ("diffusion", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         scale = self.decoder_size / self.grid
         if self.target != "features" and scale not in (1, 2, 4, 8, 16):
             raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
-        if self.whiten < 0 or self.diffusion < 0:
-            raise ValueError(f"whiten and diffusion must not be negative, got {self.whiten} and {self.diffusion}")
         if self.init != "kmeans" and (self.relative or self.whiten or self.diffusion):
             raise ValueError(
                 f"--init {self.init} reads the encoder's own tokens; add --no-relative --whiten 0 --diffusion 0"
@@ -196,6 +211,12 @@ class LearnConfig:
         """`steps`, resolved."""
         assert self.steps is not None
         return self.steps
+
+    @property
+    def directions(self) -> int:
+        """`whiten`, resolved."""
+        assert self.whiten is not None
+        return self.whiten
 
     @property
     def kept_views(self) -> int:
@@ -250,6 +271,8 @@ class ExtractConfig:
     run: RunConfig
 
     def __post_init__(self):
+        if self.images is not None:
+            object.__setattr__(self, "images", without_slash(self.images))
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (pictures) or --relabel (a shard set), and not both")
         if str(self.parts) == TRUTH and (self.attention or self.encoder or self.encoder_block is not None):

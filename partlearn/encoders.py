@@ -1,5 +1,8 @@
 """Any source of a frozen ViT: class token, patch tokens, tokens as any block reads them, class attention."""
 
+import difflib
+import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +135,8 @@ def load_encoder(
     """The encoder that `source` names, for pictures of `size` pixels or for `grid` patches a side.
 
     Args:
-        source: small (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE ·
-            run:DIR (ours) · random:NAME (control).
+        source: small (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE
+            (official .pth) · run:DIR (ours) · random:NAME (control).
         block: The block whose input tokens are wanted, from 0; the number of blocks means after the final norm, and
             None the last block.
 
@@ -159,10 +162,12 @@ def load_encoder(
             num_heads=vit["num_heads"],
         )
     elif kind in ("ibot", "dino"):
-        weights, _ = read_weights(Path(name))
+        weights, _ = read_weights(Path(name), official=True)
         native, build = 224, _builder(**numbers_of(weights, name))
     else:
         cfg = _pretrained_cfg(architecture)
+        with torch.device("meta"):  # what is no ViT is refused before anything is fetched
+            checked(timm.create_model(architecture, pretrained=False, num_classes=0), architecture)
         mean, std, native = cfg["mean"], cfg["std"], cfg["input_size"][-1]
         build = _timm_builder(architecture)
         weights = read_weights(Path(file))[0] if file else _hub_or_random(kind, architecture)
@@ -200,15 +205,16 @@ def _builder(*, patch_size: int, embed_dim: int, depth: int, num_heads: int):
 
 
 def _timm_builder(architecture: str):
-    def build(size: int) -> ViT:
-        return checked(timm.create_model(architecture, pretrained=False, num_classes=0, img_size=size), architecture)
+    def build(size: int) -> Any:
+        return timm.create_model(architecture, pretrained=False, num_classes=0, img_size=size)
 
     return build
 
 
 def _pretrained_cfg(architecture: str) -> dict[str, Any]:
-    if not timm.is_model(architecture.split(".")[0]):
-        close = ", ".join(timm.list_models(f"*{architecture[:12]}*")[:3])
+    name = architecture.split(".")[0]
+    if not timm.is_model(name):
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(["vit*", "deit*"])))
         raise ValueError(f"timm knows no architecture {architecture!r}{f'; close: {close}' if close else ''}")
     cfg = timm.get_pretrained_cfg(architecture)
     if cfg is None:
@@ -219,6 +225,8 @@ def _pretrained_cfg(architecture: str) -> dict[str, Any]:
 def _hub_or_random(kind: str, architecture: str) -> dict[str, Tensor]:
     """State dict of a hub model, or of one drawn at random with seed 0 (LayerScale 1, or blocks would do nothing)."""
     if kind == "timm":
+        print(f"fetching {architecture}, unless it was fetched before", file=sys.stderr)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, without the internet
         try:
             return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
         except Exception as error:  # whatever the hub's client raises, it means the same to the user

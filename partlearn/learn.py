@@ -18,6 +18,7 @@ from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_l
 from partlearn.parts import part_maps
 from partlearn.start import start
 from partlearn.view_tokens import View, Views, picture_target
+from partlearn.views import count_unreadable
 from partlearn.weights import fingerprint
 from shards.atomic import sha256_json
 from shards.pictures import list_pictures
@@ -125,6 +126,7 @@ def _train(
     report = {
         "steps": step,
         "pictures": len(pictures.pictures),
+        "unreadable": count_unreadable(pictures, device),
         "encoder": encoder.description,
         **figures,
     }
@@ -214,7 +216,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
     """A learner for the encoder's tokens, its weights drawn from the seed; see `start`."""
     shape = LearnerShape(
         dim=encoder.dim,
-        width=min(config.whiten or encoder.dim, encoder.dim),
+        width=min(config.directions or encoder.dim, encoder.dim),
         heads=encoder.heads,
         grid=config.grid,
         parts=config.parts,
@@ -224,7 +226,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         where=config.where,
         relative=config.relative,
         from_class=config.updates > 0 or config.init != "kmeans",
-        whitened=config.whiten > 0,
+        whitened=config.directions > 0,
         unit=config.init == "kmeans",
         diffusion=config.diffusion,
         softmax=config.softmax,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partlearn.affinity import diffused
+from partlearn.baselines import NAMES
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.encoders import SMALL, Tokens
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
@@ -126,6 +127,10 @@ def load_learner(run: Path) -> tuple[PartLearner, dict[str, Any], str]:
     Raises:
         FileNotFoundError, CheckpointError: There is no run, no whole checkpoint in it, or one of something else.
     """
+    if str(run) != "small" and not run.exists():
+        raise FileNotFoundError(
+            f"no parts at {run}: expected a run folder of learn-parts, small, or a baseline ({', '.join(NAMES)})"
+        )
     file = SMALL / "parts.safetensors" if str(run) == "small" else find(run)
     tensors, metadata = load_tensors(file)
     if "learner" not in metadata:

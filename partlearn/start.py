@@ -13,16 +13,16 @@ from partlearn.encoders import Encoder, Tokens
 from partlearn.kmeans import spherical_kmeans
 from partlearn.learner import PartLearner
 from partlearn.parts import whitening_of
-from partlearn.view_tokens import Views
+from partlearn.view_tokens import View, Views, kept
 
 PROTOTYPE_SCALE = 10.0
-START_VIEWS, START_CELLS = 2048, 64
-"""k-means starts from so many views, and so many cells of each."""
+START_VIEWS, START_CELLS = 1024, 64
+"""k-means reads so many views, and so many cells of each."""
 
 
 @torch.no_grad()
 def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Views) -> None:
-    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens.
+    """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first views' tokens.
 
     Raises:
         ValueError: The heads are asked for of an encoder with rotary positions, or where no block follows.
@@ -47,10 +47,11 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
         if config.target != "pixels":
             learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
         return
+    store = views.store(START_VIEWS)
     if learner.shape.whitened:
-        points = _drawn(learner, views, learner.seen, generator)
+        points = _drawn(learner, config, store, learner.seen, generator)
         learner.whitening.copy_(whitening_of(points.cpu(), learner.shape.width))  # fp64: not on every accelerator
-    points = _drawn(learner, views, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
+    points = _drawn(learner, config, store, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
     centres = spherical_kmeans(points.cpu(), config.parts, generator=generator).to(points.device)
     attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
     if config.target != "pixels":
@@ -58,17 +59,21 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
 
 
 def _drawn(
-    learner: PartLearner, views: Views, read: Callable[[Tokens, Tensor], Tensor], generator: torch.Generator
+    learner: PartLearner,
+    config: LearnConfig,
+    store: View,
+    read: Callable[[Tokens, Tensor], Tensor],
+    generator: torch.Generator,
 ) -> Float[Tensor, "points width"]:
-    """START_CELLS learned cells, drawn at random, of each of the first START_VIEWS views, as `read` gives them."""
-    points, seen = [], 0
-    for view in views.batches(step=0):
+    """START_CELLS learned cells, drawn at random, of each of START_VIEWS views, as `read` gives them."""
+    points, seen, device = [], 0, learner.attention.prototypes.device
+    for view in kept(store, config, device, 0):
         cells = learner.learned_cells(view.tokens)
         order = torch.rand(cells.shape, generator=generator).to(cells.device).masked_fill(~cells, 2.0).argsort(dim=1)
         drawn = order[:, : min(START_CELLS, int(cells.sum(dim=1).min()))]
         tokens = read(view.tokens, cells)
         points.append(tokens.gather(1, drawn[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1))
         seen += len(cells)
-        if seen >= min(START_VIEWS, views.count):
+        if seen >= min(START_VIEWS, len(store.pixels)):
             return torch.cat(points)
     raise AssertionError("views never end")

@@ -13,18 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shards.order import VIEW, permutation, uniform
-from shards.pictures import PictureError, PictureList, decode_rgb, read_bytes, square
+from shards.pictures import Picture, PictureError, PictureList, decode_rgb, read_bytes, square
+from training import distributed
 
 BATCHES_AHEAD = 2
+_unreadable: set[Picture] = set()
+"""Named on stderr: once a process, however often its batches begin anew."""
+_telling = threading.Lock()
 
 
 class PictureBatches:
     """An endless sequence of batches, a pure function of (seed, step): starting at a step gives what followed it.
 
     Each epoch is a permutation of the pictures. A picture's short side becomes `size`; the square is cut at a
-    random place along the long side, keyed by (seed, epoch, index). An unreadable picture is named once on
-    stderr and replaced by the next readable one of the list. Of several ranks, each yields its block of a batch of
-    `batch_size` (which they divide). Use as a context manager.
+    random place along the long side, keyed by (seed, epoch, index). An unreadable picture is named once a
+    process on stderr and replaced by the next readable one of the list. Of several ranks, each yields its block of a
+    batch of `batch_size` (which they divide). Use as a context manager.
     """
 
     def __init__(
@@ -44,7 +48,6 @@ class PictureBatches:
         self._size, self._batch_size, self._seed, self._step = size, batch_size, seed, step
         self._local, self._first = batch_size // world_size, rank * batch_size // world_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
-        self._lock = threading.Lock()
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __iter__(self) -> Iterator[tuple[UInt8[Tensor, "batch height width 3"], Int64[Tensor, " batch"]]]:
@@ -93,11 +96,18 @@ class PictureBatches:
         raise ValueError(f"none of the {count} pictures can be read, the first because: {self.unreadable[0]}")
 
     def _leave_out(self, index: int, error: Exception) -> None:
-        with self._lock:
-            if index not in self.unreadable:
-                self.unreadable[index] = str(error)
-                name = self._pictures[index].name
-                print(f"{name} cannot be read ({error}); the next picture takes its place", file=sys.stderr)
+        picture = self._pictures[index]
+        with _telling:
+            self.unreadable[index] = str(error)
+            if picture not in _unreadable:
+                _unreadable.add(picture)
+                print(f"{picture.name} cannot be read ({error}); the next picture takes its place", file=sys.stderr)
+
+
+def count_unreadable(pictures: PictureList, device: torch.device) -> int:
+    """Pictures that any rank found unreadable."""
+    found = torch.tensor([float(picture in _unreadable) for picture in pictures.pictures], device=device)
+    return int((distributed.mean(found) > 0).sum())
 
 
 def random_boxes(

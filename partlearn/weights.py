@@ -6,7 +6,6 @@ with student, teacher and DDP's prefixes; arXiv:2104.14294, arXiv:2111.07832), M
 
 import argparse
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,35 @@ PREFIXES = ("module.", "backbone.", "encoder.")
 NOT_THE_BACKBONE = ("head.", "fc_norm.", "masked_embed", "mask_token", "decoder", "scorer_pred.")
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path, *, official: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The backbone in the file at `path`, and what the file says about it.
+
+    Args:
+        official: It should be a file that DINO or iBOT hand out, for their normalisation.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read as weights.
+        CheckpointError: The file cannot be read as weights, or is not official.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pth file")
     if path.suffix == ".safetensors":
         tensors, metadata = load_tensors(path)
-        return backbone(tensors, path), metadata
+        return backbone(tensors, path, official), metadata
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights: {reason}") from None
-    return backbone(content, path), {}
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's readers raise many kinds, and advise to run whatever code is in the file
+        raise CheckpointError(
+            f"{path} is no weights file: expected .safetensors or a PyTorch checkpoint of tensors and plain values; "
+            "check the file, or save its state dict alone"
+        ) from error
+    return backbone(content, path, official), {}
 
 
-def backbone(content: Any, path: Path) -> dict[str, Tensor]:
+def backbone(content: Any, path: Path, official: bool = False) -> dict[str, Tensor]:
     """Unwrap a checkpoint, strip its prefixes (only where they lead), and drop what is not the backbone."""
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -55,9 +61,14 @@ def backbone(content: Any, path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
-        if isinstance(value, Tensor) and not name.startswith(NOT_THE_BACKBONE):
+        if isinstance(value, Tensor):
             flat[name] = value.float()
-    return flat
+    if official and (path.suffix == ".safetensors" or "head.weight" in flat):
+        raise CheckpointError(
+            f"{path} is no official DINO or iBOT file (those are .pth, without the head.weight of a classifier) and "
+            "may need another normalisation than theirs; pass it as timm:NAME=FILE"
+        )
+    return {name: value for name, value in flat.items() if not name.startswith(NOT_THE_BACKBONE)}
 
 
 def read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,7 +22,7 @@ Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each whe
 def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
     """Train a small ViT on a folder of pictures: by self-distillation (DINO + iBOT), or from a larger encoder.
 
-    For domains without a ready or a fast encoder. Examples:
+    For domains without a ready or a fast encoder. For example:
       semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
       semmae encoder --images photos/ --teacher timm:vit_small_patch14_dinov2=FILE --out runs/small --dim 192 --heads 3
     """
@@ -34,18 +34,24 @@ def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
 def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
     """Learn part maps from a frozen encoder's tokens.
 
-    Example:
+    For example:
       semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --out runs/parts
     """
     from partlearn.learn import learn
 
     _train(learn, config, backend, num_workers)
+    if backend == "local" and _is_main():
+        from pipeline.parts_sheet import draw_parts
+
+        print(
+            f"{draw_parts(config)} shows some of them; `semmae extract --parts {config.run.out}` writes them to shards"
+        )
 
 
 def extract(config: Annotated[ExtractConfig, Plain]) -> None:
     """Write part labels and foreground ranks beside every picture, into WebDataset shards.
 
-    Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. Examples:
+    Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. For example:
       semmae extract --images photos/ --parts runs/parts --out runs/shards --backend local
       semmae submit --address http://HEAD:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
     """
@@ -60,7 +66,7 @@ def extract(config: Annotated[ExtractConfig, Plain]) -> None:
 def verify(config: Annotated[VerifyConfig, Plain]) -> None:
     """Check a shard set: sizes (fast), digests (hash), or every byte, label and picture (deep).
 
-    Example:
+    For example:
       semmae verify --data runs/shards --level deep
     """
     from pipeline.verify import verify as check
@@ -71,7 +77,7 @@ def verify(config: Annotated[VerifyConfig, Plain]) -> None:
 def pretrain(config: Annotated[PretrainConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
     """Pretrain a masked autoencoder on a shard set.
 
-    Examples:
+    For example:
       semmae pretrain --data runs/shards --masking semmae --out runs/semmae
       torchrun --nproc-per-node 8 -m pipeline pretrain --data /data/shards --masking semmae --batch-size 4096 --out /runs/semmae
       semmae pretrain --data /data/shards --out /runs/semmae --backend ray --num-workers 16
@@ -84,7 +90,7 @@ def pretrain(config: Annotated[PretrainConfig, Plain], backend: Backend = "local
 def knn(config: Annotated[KnnConfig, Plain]) -> None:
     """Classify by the nearest neighbours of frozen features (DINO's weighted k-NN).
 
-    Example:
+    For example:
       semmae knn --checkpoint runs/semmae --data runs/train --val-data runs/val
     """
     from evaluate.knn import knn as evaluate
@@ -95,7 +101,7 @@ def knn(config: Annotated[KnnConfig, Plain]) -> None:
 def probe(config: Annotated[ProbeConfig, Plain]) -> None:
     """Train a linear classifier on frozen features (MAE's linear probe).
 
-    Example:
+    For example:
       semmae probe --encoder timm:vit_small_patch16_224.dino --images train/ --val-images val/
     """
     from evaluate.linear import probe as evaluate
@@ -106,7 +112,7 @@ def probe(config: Annotated[ProbeConfig, Plain]) -> None:
 def bench(config: Annotated[BenchConfig, Plain]) -> None:
     """Measure this machine: `loader`, `extract` or `learn`, interleaved rounds, medians and quartiles.
 
-    Blocks of time that other processes disturbed are not counted. Examples:
+    Blocks of time that other processes disturbed are not counted. For example:
       semmae bench loader --images photos/
       semmae bench extract --images photos/ --parts runs/parts --json extract.json
     """
@@ -118,7 +124,7 @@ def bench(config: Annotated[BenchConfig, Plain]) -> None:
 def submit(config: Annotated[SubmitConfig, Plain]) -> None:
     """Run a verb on a Ray cluster: weigh this checkout, send it as a job, follow its log; 0 when the job succeeded.
 
-    With token authentication, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names the token. Example:
+    With token authentication, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names the token. For example:
       semmae submit --address http://head:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
     """
     from pipeline.submit import submit as send
@@ -129,7 +135,7 @@ def submit(config: Annotated[SubmitConfig, Plain]) -> None:
 def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
     """Score part labels on pictures whose parts are known, beside baselines and shortcuts.
 
-    Example:
+    For example:
       semmae score-parts --images cars/val people/val --parts runs/parts heads kmeans-image grid --encoder dino:dino.pth --sheet parts.png
     """
     from pipeline.score_parts import score_parts as score
@@ -140,7 +146,7 @@ def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
 def demo(config: Annotated[DemoConfig, Plain]) -> None:
     """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and a picture sheet.
 
-    Examples:
+    For example:
       semmae demo
       semmae demo --images photos/
     """
@@ -179,7 +185,10 @@ def main(arguments: list[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; the same command goes on from the last checkpoint or shard, if one was written",
+            file=sys.stderr,
+        )
         return 130
     except Exception as error:
         if "--debug" in arguments:
@@ -210,9 +219,18 @@ def _train(function: Any, config: Any, backend: str, workers: int) -> None:
 
 def _say(report: dict[str, Any]) -> None:
     """The figures of a run on one line, by the main rank."""
-    if os.environ.get("RANK", "0") == "0":  # the group of ranks has been left by now
-        numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
+    if _is_main():
+        numbers = {
+            name: value
+            for name, value in report.items()
+            if isinstance(value, (int, float)) and not name.startswith("area_")
+        }
         print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+
+def _is_main() -> bool:
+    """Once the group of ranks has been left."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _rows(rows: list[Any]) -> None:

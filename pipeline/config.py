@@ -45,14 +45,15 @@ class ScorePartsConfig:
     """Part labels against pictures whose parts are known."""
 
     images: tuple[str, ...]
-    """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255)."""
-    parts: tuple[str, ...] = ("heads", "kmeans-image", "regions", "grid")
+    """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background, 255 = unknown) or masks/NAME.png
+    (0 and 255), of the size of the picture."""
+    parts: tuple[str, ...] = ("small", "heads", "kmeans-image", "regions", "grid", "bands")
     """Run folders of part learners (small: the one that comes with the project), or baselines: heads, heads-mass,
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
     compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines, which are scored on every encoder x block x count (where block and count matter
-    to them); a learner brings its own.
+    """Frozen encoders of the baselines, the first learner's unless told, or small; a learner brings its own. Baselines
+    are scored on every encoder x block x count, where block and count matter to them.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
     """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. The last unless told."""

@@ -31,6 +31,19 @@ COLUMNS = (*FOREGROUND_COLUMNS[:2], *PART_COLUMNS, "shift_ari", "flip_agreement"
 COLUMNS += FOREGROUND_COLUMNS[2:]
 READ_BLOCK = ("kmeans-image", "shuffled-kmeans-image")
 """Baselines to which --encoder-block matters; the others see the encoder's end alone."""
+SHOWN = {
+    "foreground_ap": "AP", "beyond_shortcut": "b1", "beyond_other": "b2", "nmi": "NMI", "nmi_image": "NMI image",
+    "colour_nmi": "colour", "shift_ari": "shift", "flip_inside": "flip", "parts_used": "used",
+    "speckle_inside": "speckle", "stability": "seeds",
+}  # fmt: skip
+"""Columns of the printed table, and their names there; --json has all."""
+LEGEND = (
+    "AP: rank of the foreground. b1, b2: what labels tell of true parts beyond height and colour, with two null "
+    "models. NMI: with true parts, all pictures together, and within each. colour: NMI with RGB clusters. shift, flip, "
+    "seeds: agreement of two crops, with the mirror image (where there are parts), and of runs of other seeds. used: "
+    "parts in a picture. speckle: lonely cells among those with a part. --json FILE has more; partlearn/RESULTS.md "
+    "says how to read them."
+)
 ON_ONE_SHEET = 8
 """Methods; of more, each has its own sheet."""
 
@@ -64,11 +77,15 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
         ValueError: A baseline without an encoder; a learner on another grid than the table's; a truth of another size
             than its picture; shuffled labels of a folder with one picture.
     """
+    for file in filter(None, (config.json, config.sheet)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     sets = {name: TruthSet(Path(name)) for name in config.images}
     pictures = sum(len(one.pictures) for one in sets.values())
-    methods = [*_learners(config), *_baselines(config)]
+    learners = list(_learners(config))
+    own = [learner.labeller.encoder.description["source"] for learner in learners]
+    methods = [*learners, *_baselines(config, config.encoder or own[:1] or ("small",))]
     together = _on_one_encoder(methods)
-    progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "pictures")
+    progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "views")
     rows: list[dict[str, Any]] = []
     seen: dict[str, dict[str, np.ndarray]] = {name: {} for name in sets}
     for group in together:
@@ -122,12 +139,12 @@ def _learners(config: ScorePartsConfig) -> Iterator[Method]:
         yield Method(source, labeller)
 
 
-def _baselines(config: ScorePartsConfig) -> Iterator[Method]:
+def _baselines(config: ScorePartsConfig, encoders: Sequence[str]) -> Iterator[Method]:
     """Each on every encoder and, where they matter to it, block and count. All on one block share the encoder."""
     names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
     blocks = config.encoder_block or (None,)
-    for encoder, block in product(config.encoder or (None,), blocks):
+    for encoder, block in product(encoders, blocks):
         here = [name for name in names if name in READ_BLOCK or block == blocks[0]]
         if not here:
             continue
@@ -169,19 +186,20 @@ def _row(set_: str, method: str, parts: int, seed: int | None, columns: dict[str
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    short = {"foreground_ap": "AP", "foreground_recall_quarter": "recall", "beyond_shortcut": "beyond"}
-    short |= {"beyond_other": "beyond 2", "nmi_image": "nmi img", "ari_image": "ari img", "colour_nmi": "colour"}
-    short |= {"bands_nmi": "bands", "parts_used": "used", "largest_share": "largest", "shift_ari": "shift"}
-    short |= {"flip_agreement": "flip", "foreground_iou_best": "IoU best", "foreground_iou_quarter": "IoU 1/4"}
-    short |= {"flip_inside": "flip in", "speckle_inside": "speckle in"}
-    shown = [name for name in (*COLUMNS, "stability") if any(row[name] is not None for row in rows)]
+    """A table of SHOWN for each set and view: 80 columns hold it, and names of methods wrap."""
+    shown = {column: name for column, name in SHOWN.items() if any(row[column] is not None for row in rows)}
     methods = short_names([row["method"] for row in rows])
-    for name in dict.fromkeys(row["set"] for row in rows):
-        table = Table("method", "view", *(short.get(column, column) for column in shown), box=box.SIMPLE_HEAD)
-        for row in (row for row in rows if row["set"] == name):
+    console = Console(width=None if Console().is_terminal else 160)
+    for name, view in dict.fromkeys((row["set"], row["view"]) for row in rows):
+        table = Table(box=box.SIMPLE_HEAD, title=f"{name}, {view}", padding=(0, 1, 0, 0), title_justify="left")
+        table.add_column("labels", overflow="fold")
+        for title in shown.values():
+            table.add_column(title, overflow="fold", min_width=5, justify="right")
+        for row in (row for row in rows if (row["set"], row["view"]) == (name, view)):
             figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in shown)
-            table.add_row(methods[row["method"]], row["view"], *figures)
-        Console(width=None if Console().is_terminal else 284).print(name, table)
+            table.add_row(methods[row["method"]], *figures)
+        console.print(table)
+    console.print(LEGEND, highlight=False)
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -210,11 +228,18 @@ def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[st
         }
     sheet.parent.mkdir(parents=True, exist_ok=True)
     for path, methods in sheets.items():
-        names = ["picture", "truth", *(method.partition(" on ")[0].rpartition("/")[2] for method in methods)]
+        names = ["picture", "truth", *_headings(methods)]
         columns = [*both, *(_tinted(images, seen[method][:ROWS]) for method in methods)]
         buffer = io.BytesIO()
         assemble(names, columns).save(buffer, "PNG")
         write_whole(path, buffer.getvalue())
+
+
+def _headings(methods: Sequence[str]) -> list[str]:
+    """Names of methods without their encoders, block and count, where those are the same of all of one name."""
+    short = list(short_names(methods).values())
+    first = [name.partition(" on ")[0] for name in short]
+    return [name.replace(" on ", " ") if first.count(one) > 1 else one for name, one in zip(short, first, strict=True)]
 
 
 def _tinted(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

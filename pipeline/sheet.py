@@ -1,6 +1,7 @@
 """One picture that shows the whole method: pictures, parts, foreground, masks as training goes on, reconstructions."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from shards.order import permutation
 from shards.shard_set import ShardSet
 from training.checkpoint import find, load_tensors
 
-ROWS, CELL, GAP, HEADER = 8, 112, 4, 22
+ROWS, CELL, GAP, HEADER, LINE = 8, 112, 4, 22, 14
 COLOURS = np.array(
     [[230, 75, 60], [52, 152, 219], [241, 196, 15], [46, 204, 113], [155, 89, 182], [230, 126, 34], [26, 188, 156],
      [236, 120, 180], [120, 144, 156], [121, 85, 72], [205, 220, 57], [63, 81, 181]], np.float32
@@ -47,7 +48,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     columns = [
         images,
         0.35 * images + 0.65 * enlarged(coloured(batch.parts, 1 + parts_of_set(shards)), shards.size),
-        images * enlarged(_brightness(batch.fgrank), shards.size),
+        images * enlarged(brightness(batch.fgrank), shards.size),
         *(_with_holes(images, masked, model.side) for masked in masks),
         rebuilt(masks[0]),
         rebuilt(masks[2]),
@@ -78,7 +79,7 @@ def coloured(parts: np.ndarray, groups: int) -> np.ndarray:
     return palette[parts]
 
 
-def _brightness(fgrank: np.ndarray) -> np.ndarray:
+def brightness(fgrank: np.ndarray) -> np.ndarray:
     """1 for the best rank, 0.1 for the last, as (pictures, rows, cols, 1)."""
     return (1 - 0.9 * fgrank.astype(np.float32) / fgrank[0].size)[..., None]
 
@@ -97,14 +98,17 @@ def enlarged(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def assemble(names: Sequence[str], columns: Sequence[np.ndarray]) -> Image.Image:
-    """Columns of pictures, each under its name."""
+    """Columns of pictures, each under its name, on as many lines as the longest needs."""
     step, rows = CELL + GAP, len(columns[0])
-    sheet = Image.new("RGB", (GAP + step * len(columns), HEADER + step * rows), "white")
+    texts = ["\n".join(textwrap.wrap(name, 17)) for name in names]
+    header = HEADER + LINE * max(text.count("\n") for text in texts)
+    sheet = Image.new("RGB", (GAP + step * len(columns), header + step * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for column, (name, pictures) in enumerate(zip(names, columns, strict=True)):
-        pen.text((GAP + step * column + CELL / 2, HEADER / 2), name, fill="black", font=font, anchor="mm")
+    for column, (text, pictures) in enumerate(zip(texts, columns, strict=True)):
+        middle = (GAP + step * column + CELL / 2, header / 2)
+        pen.text(middle, text, fill="black", font=font, anchor="mm", align="center")
         for row, picture in enumerate(pictures):
             tile = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
             enlarge = Image.Resampling.LANCZOS if tile.width > CELL else Image.Resampling.NEAREST
-            sheet.paste(tile.resize((CELL, CELL), enlarge), (GAP + step * column, HEADER + step * row))
+            sheet.paste(tile.resize((CELL, CELL), enlarge), (GAP + step * column, header + step * row))
     return sheet

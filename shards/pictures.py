@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards import storage
 
@@ -95,12 +95,16 @@ def decode_rgb(data: bytes) -> Image.Image:
     """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha lies over white.
 
     Raises:
-        PictureError: The bytes are no whole picture.
+        PictureError: The bytes are no whole picture; of the same bytes, always in the same words.
     """
+    if not data:
+        raise PictureError("empty file")
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # Pillow names the buffer by its address
+        raise PictureError("not a picture that Pillow knows (JPEG, PNG, WebP, ...)") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -15,7 +15,7 @@ class TruthFiles:
     is no labels/, `masks/NAME.png` (0 and 255: one part).
 
     Raises:
-        FileNotFoundError: A picture has no truth.
+        FileNotFoundError: A picture has no truth; the message says the layout.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]):
@@ -23,7 +23,11 @@ class TruthFiles:
         self.folder = folder / ("masks" if self.only_masks else "labels")
         missing = next((path for path in map(self.path, names) if not path.is_file()), None)
         if missing:
-            raise FileNotFoundError(f"{missing} is missing: every picture needs its truth in {self.folder}")
+            inside = f"; give {folder.parent}, not its images/" if folder.name == "images" else ""
+            raise FileNotFoundError(
+                f"{missing} is missing: every picture needs its truth, images/NAME.jpg beside labels/NAME.png (part "
+                f"ids, 0 = background, 255 = unknown) or masks/NAME.png (0 and 255), of the picture's size{inside}"
+            )
 
     def path(self, name: str) -> Path:
         return self.folder / PurePosixPath(name).with_suffix(".png")
@@ -32,11 +36,17 @@ class TruthFiles:
         """Part id of each pixel.
 
         Raises:
-            ValueError: The PNG is no map of one number a pixel.
+            ValueError: The PNG is no map of one number a pixel, or no mask of 0 and 255.
         """
         with Image.open(self.path(name)) as image:
             if self.only_masks:
-                return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
+                mask = np.asarray(image.convert("L"))
+                if 0 < mask.max() <= 127:
+                    raise ValueError(
+                        f"{self.path(name)} holds values up to {mask.max()} and no 255; a mask is 0 and 255 (part ids "
+                        "belong in labels/)"
+                    )
+                return (mask > 127).astype(np.uint8)
             ids = np.asarray(image)
         if ids.ndim != 2:
             raise ValueError(f"{self.path(name)} has {ids.shape[2]} channels, expected one: the part id of each pixel")

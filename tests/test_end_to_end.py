@@ -1,13 +1,18 @@
 """Eight photographs' way through every verb, in processes of their own, as a user types them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from pipeline.cli import VERBS, main
 
 
 def semmae(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
@@ -100,6 +105,8 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
         done = semmae(*command, folder=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Warning" not in done.stderr, done.stderr
+    with Image.open(tmp_path / "runs/parts/parts.png") as sheet:
+        assert sheet.width > 3 * 112
 
     info = json.loads((tmp_path / "runs/shards/dataset.json").read_text())
     assert (info["samples"], info["rejected"], info["groups"], len(info["shards"])) == (8, 0, 4, 3)
@@ -138,6 +145,30 @@ def test_a_wrong_call_is_one_clear_sentence(command, status, sentence, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+def test_an_interruption_before_any_checkpoint_does_not_promise_one(tmp_path):
+    draw(tmp_path / "photos", classes=1, each=4)
+    options = "--images photos --out run --batch-size 2 --epochs 99999 --device cpu"
+    command = [sys.executable, "-m", "pipeline", "encoder", *options.split()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (tmp_path / "run/config.json").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+
+    assert process.returncode == 130, told
+    assert told.endswith("goes on from the last checkpoint or shard, if one was written\n")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+
+    assert f"\n  semmae {verb} " in capsys.readouterr().out.replace("semmae demo\n", "semmae demo \n")
+
+
 def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path):
     code = (
         "import sys\nfrom pipeline.cli import main\n"
@@ -154,6 +185,6 @@ def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path):
     top = semmae("--help", folder=tmp_path)
 
     assert done.stdout.strip().endswith("[]"), done.stdout[-300:] + done.stderr
-    assert "torchrun" in done.stdout
+    assert "torchrun --nproc" in done.stdout
     for verb in ("encoder", "learn-parts", "extract", "verify", "pretrain", "knn", "probe", "demo"):
         assert verb in top.stdout

@@ -94,6 +94,8 @@ def find(path: Path) -> Path:
     for candidate in (path / "model.safetensors", (newest(path) or path) / "model.safetensors"):
         if candidate.is_file():
             return candidate
+    if newest(path.parent):
+        raise CheckpointError(f"{path} is a folder inside a run; pass the run, {path.parent}")
     raise CheckpointError(f"{path} holds no whole checkpoint yet; let its run go on until it has written one")
 
 

@@ -10,8 +10,8 @@ LOG_S = 10.0
 
 
 class Progress:
-    """Counts to `total` on stderr. Silent for the first two seconds, on every rank but the first, and at the end
-    of anything shorter than that."""
+    """Counts to `total` on stderr. Silent for the first two seconds, on every rank but the first, at the end of
+    anything shorter than that, and where there is nothing to count."""
 
     def __init__(self, total: int, what: str, unit: str, *, done: int = 0):
         self.total, self.what, self.unit = total, what, unit
@@ -30,7 +30,7 @@ class Progress:
 
     def close(self, **shown: float) -> None:
         now = time.monotonic()
-        if now - self._began >= 2.0:
+        if self.total and now - self._began >= 2.0:
             self._print(now, shown)
             if self._living and not self._silent:
                 print(file=sys.stderr)

@@ -71,6 +71,8 @@ class RunFolder:
         path = Path(config.run.out)
         if not distributed.is_main():
             return cls(path, None)
+        if path.is_file():
+            raise ValueError(f"--out {path} is a file, and a run needs a folder; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock")
         try:
@@ -105,13 +107,18 @@ class RunFolder:
         self.close()
 
 
+def _untouched(path: Path) -> bool:
+    """Whether nothing was computed here: a run that was refused at its start, by a wrong path say, leaves no more."""
+    return {entry.name for entry in path.iterdir()} <= {".lock", "config.json", "environment.json"}
+
+
 def _claim(path: Path, config: Any) -> None:
-    """Write config.json and environment.json, or check that config.json says the same.
+    """Write config.json and environment.json, or check that config.json says the same where work was done.
 
     `run` is left out of the comparison: it says where and how fast, never what.
     """
     ours = as_json(config) | {"verb": type(config).__name__}
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not _untouched(path):
         theirs = read_json(path / "config.json")
         fields = sorted((set(ours) | set(theirs)) - {"run"})
         differing = [
@@ -123,7 +130,7 @@ def _claim(path: Path, config: Any) -> None:
             raise ValueError(
                 f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
             )
-    elif any(entry.name != ".lock" for entry in path.iterdir()):
+    elif not _untouched(path):
         raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")
     else:
         write_json(path / "config.json", ours)

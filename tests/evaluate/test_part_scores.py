@@ -1,6 +1,7 @@
 """`score-parts`: crops of picture and truth belong together, and the verb's rows are those that scripts rely on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from evaluate.part_quality import beyond_other
 from evaluate.part_scores import BATCH, below_centre, labels_of, shift_ari
 from evaluate.truth import TruthSet
 from partlearn.baselines import NAMES
+from partlearn.config import LearnConfig
 from partlearn.label import Labeller
+from partlearn.learn import learn
 from pipeline.config import ScorePartsConfig
 from pipeline.score_parts import READ_BLOCK, score_parts, short_names
+from training.config import RunConfig
 
 GRID = 8
 ROW = {"set", "method", "parts", "seed", "view", "foreground_ap", "foreground_recall_quarter", "beyond_shortcut"}
@@ -130,6 +134,14 @@ def test_a_picture_without_truth_is_named(painted):
 
     with pytest.raises(FileNotFoundError, match=r"2\.png is missing"):
         TruthSet(painted)
+
+
+def test_truth_without_a_part_is_a_sentence(painted):
+    for file in (painted / "labels").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(file)))).save(file)
+
+    with pytest.raises(ValueError, match="no centre square of"):
+        TruthSet(painted).centre(size=120, grid=GRID)
 
 
 def test_beyond_other_knows_parts_from_what_all_pictures_share():
@@ -337,8 +349,26 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
     ]
 
 
-def test_baselines_without_an_encoder_or_without_a_count_are_a_sentence(painted):
-    with pytest.raises(ValueError, match="the baseline heads needs an --encoder"):
-        scored(painted, parts=("heads",), encoder=())
+def test_baselines_stand_on_the_encoder_of_the_first_learner_or_on_small(painted, tmp_path):
+    images, run = str(painted / "images"), RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
+    learn(LearnConfig(images=images, encoder=TINY, grid=GRID, views=1, run=run))
+
+    for parts, encoder in ((("grid", str(run.out)), TINY), (("grid",), "small")):
+        rows = scored(painted, parts=parts, encoder=())
+        assert f"grid on {encoder} parts 6" in {row["method"] for row in rows}
+
+
+def test_the_table_fits_eighty_columns(painted, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = scored(painted, parts=("grid",))
+    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+    assert max(map(len, told.splitlines())) <= 80
+    assert "…" not in told
+    assert f"{rows[0]['nmi_image']:.3f}".removeprefix("0") in told
+
+
+def test_baselines_without_a_count_are_a_sentence(painted):
     with pytest.raises(ValueError, match="count needs numbers between 1 and 255"):
         scored(painted, parts=("grid",), count=())

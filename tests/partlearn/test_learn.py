@@ -1,6 +1,7 @@
 """The part learner's loop and its labels."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import photographs
 
 from partlearn.config import LearnConfig
-from partlearn.encoders import load_encoder
+from partlearn.encoders import Encoder, load_encoder
 from partlearn.label import Labeller
 from partlearn.learn import learn, new_learner
 from partlearn.learner import load_learner
@@ -58,6 +59,37 @@ def test_training_lowers_what_it_minimises_and_logs_its_health(changes, photos, 
     assert {"psnr", "diversity", "parts_used", "largest_share", "speckle", "cosine", "area_2"} <= set(lines[-1])
 
 
+def test_a_slash_after_a_folder_is_no_other_setting(photos, tmp_path):
+    assert config(photos, tmp_path) == config(f"{photos}/", tmp_path)
+
+
+def test_the_kmeans_start_reads_each_of_its_fresh_views_once(photos, tmp_path):
+    seen = []
+
+    class Counting(Encoder):
+        def __call__(self, images):
+            seen.append(len(images))
+            return super().__call__(images)
+
+    encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
+    encoder.__class__ = Counting
+    settings = config(photos, tmp_path / "run", steps=0, views=0, batch_size=6)
+
+    learn(settings, encoder=encoder)
+
+    assert sum(seen) == 6 + 6  # the pictures of the start, and one batch for the report
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"), [({}, (3, 32)), ({"encoder_block": 1, "whiten": 0}, (1, 0)), ({"paper": True}, (None, 0))]
+)
+def test_small_is_read_where_it_reads_best_unless_told(changes, read, photos, tmp_path):
+    run = RunConfig(out=tmp_path)
+    settings = LearnConfig(images=str(photos), encoder="small", run=run, **changes)
+
+    assert (settings.encoder_block, settings.whiten) == read
+
+
 def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
     learn(config(photos, tmp_path / "run", foreground_share=0.35))
     labeller = Labeller(tmp_path / "run", precision="fp32")
@@ -89,6 +121,22 @@ def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
 
     assert labeller.groups == 3
     assert parts.max() < 3
+
+
+def test_corrupt_pictures_are_named_once_and_counted(tmp_path, capsys):
+    folder = photographs(tmp_path / "photos", 5)
+    (folder / "torn.jpg").write_bytes(b"no picture")
+
+    report = learn(config(folder, tmp_path / "run", views=0, steps=4))
+
+    assert (report["pictures"], report["unreadable"]) == (6, 1)
+    assert capsys.readouterr().err.count("torn.jpg cannot be read (not a picture") == 1
+
+
+@pytest.mark.parametrize("name", ["heds", "smal"])
+def test_parts_that_are_nowhere_are_told_what_there_is(name):
+    with pytest.raises(FileNotFoundError, match=f"no parts at {name}: .* run folder .* small, .* baseline .*heads"):
+        load_learner(Path(name))
 
 
 def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
@@ -179,7 +227,7 @@ def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_
     assert {"parts_used", "speckle"} <= set(report)
     (line,) = read_metrics(tmp_path / "run")
     assert line.pop("step") == 0
-    assert line == {name: report[name] for name in report if name not in ("steps", "pictures", "encoder")}
+    assert line == {name: report[name] for name in report if name not in ("steps", "pictures", "unreadable", "encoder")}
     assert Labeller(tmp_path / "run").groups == 4
 
 

@@ -13,7 +13,7 @@ from reference.distillation import bilinear
 from torch.nn import functional as F
 
 from partlearn.block_masks import block_masks
-from partlearn.views import PictureBatches, crop, jitter_colour, random_boxes
+from partlearn.views import PictureBatches, count_unreadable, crop, jitter_colour, random_boxes
 from shards.pictures import list_pictures
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
@@ -71,13 +71,15 @@ def test_the_square_moves_along_the_long_side(tmp_path):
     assert len({int(image[0, 0, 0]) for image in images}) > 4
 
 
-def test_an_unreadable_picture_is_replaced_by_the_next_and_told_once(pictures, capfd):
+def test_an_unreadable_picture_is_replaced_by_the_next_and_told_once_a_process(pictures, capfd):
     Path(pictures.pictures[2].location).write_bytes(b"no picture")
 
     indices = torch.cat([indices for _, indices in taken(pictures, 14)])
+    taken(pictures, 3)
 
     for epoch in indices.split(7):
         assert sorted(epoch.tolist()) == [0, 1, 3, 3, 4, 5, 6]
+    assert count_unreadable(pictures, torch.device("cpu")) == 1
     assert capfd.readouterr().err.count("2.png cannot be read") == 1
 
 

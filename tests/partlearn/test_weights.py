@@ -1,10 +1,14 @@
 """Every form in which people hand out ViT weights loads strictly, and anything else fails in one sentence."""
 
 import argparse
+import logging
+import time
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from partlearn.encoders import load_encoder
 from partlearn.weights import read_weights, resize_positions
@@ -119,8 +123,35 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"teacher": Evil()}, tmp_path / "evil.pth")
 
-    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
+    with pytest.raises(CheckpointError, match="is no weights file"):
         read_weights(tmp_path / "evil.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, a letter", b"\x80\x02no pickle", b"PK\x03\x04 no zip"])
+def test_what_is_no_weights_file_is_a_sentence_of_our_own(content, tmp_path):
+    (tmp_path / "letter.pth").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"letter\.pth is no weights file: expected .* state dict alone$"):
+        read_weights(tmp_path / "letter.pth")
+
+
+@pytest.mark.parametrize("kind", ["dino", "ibot"])
+@pytest.mark.parametrize("wrapper", [None, "model"])
+def test_a_classifier_is_no_official_file(kind, wrapper, vit_small, tmp_path):
+    weights = vit_small | {"head.weight": torch.zeros(10, 384), "head.bias": torch.zeros(10)}
+    torch.save({wrapper: weights} if wrapper else weights, tmp_path / "classifier.pth")
+
+    with pytest.raises(CheckpointError, match=r"is no official DINO or iBOT file .* pass it as timm:NAME=FILE"):
+        load_encoder(f"{kind}:{tmp_path / 'classifier.pth'}")
+    assert load_encoder(f"timm:vit_small_patch16_224={tmp_path / 'classifier.pth'}").dim == 384
+
+
+def test_safetensors_are_no_official_file_and_load_by_timms_name(vit_small, tmp_path):
+    save_file(vit_small, tmp_path / "vit.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"those are \.pth"):
+        load_encoder(f"dino:{tmp_path / 'vit.safetensors'}")
+    assert load_encoder(f"timm:vit_small_patch16_224={tmp_path / 'vit.safetensors'}").dim == 384
 
 
 @pytest.mark.parametrize(
@@ -128,6 +159,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     [
         ("resnet", "^an encoder source must be small, timm:NAME"),
         ("random:vit_gigantic_patch3", "timm knows no architecture"),
+        ("timm:vit_tinny_patch16_224.augreg", "vit_tinny_patch16_224.augreg'; close: vit_tiny_patch16_224, "),
+        ("timm:resnet50", "resnet50 is no plain ViT of timm"),
         ("ibot:/no/such/file.pth", "no weights at"),
         ("run:/no/such/run", "no checkpoint at"),
     ],
@@ -135,6 +168,18 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_a_wrong_source_is_one_sentence(source, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         load_encoder(source)
+
+
+def test_without_the_hub_there_is_one_sentence_and_no_retries_of_its_client(tmp_path, monkeypatch, caplog):
+    for name, value in (("HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{filename}"), ("HF_HUB_CACHE", tmp_path)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+
+    with pytest.raises(CheckpointError, match=r"could not be fetched .* timm:vit_tiny_patch16_224=FILE"):
+        load_encoder("timm:vit_tiny_patch16_224")
+
+    assert caplog.text == ""
 
 
 def test_a_size_that_the_patches_do_not_divide_is_refused():

@@ -57,9 +57,18 @@ def test_pictures_come_upright():
     assert decode_rgb(saved(RED, "JPEG", exif=exif)).size == (8, 12)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", saved(RED, "JPEG")[:200], saved(RED, "PNG")[:45]])
-def test_what_is_no_whole_picture_has_a_reason(data):
-    with pytest.raises(PictureError, match=r"\w+"):
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"hello", r"not a picture that Pillow knows \(JPEG, PNG, WebP, \.\.\.\)"),
+        (saved(RED, "JPEG")[:200], ".*[Tt]runcated.*"),
+        (saved(RED, "PNG")[:45], "image file is truncated"),
+    ],
+    ids=["empty", "text", "jpeg", "png"],
+)
+def test_what_is_no_whole_picture_has_a_reason_that_is_always_the_same(data, reason):
+    with pytest.raises(PictureError, match=f"^{reason}$"):
         decode_rgb(data)
 
 
@@ -153,7 +162,7 @@ def test_a_name_is_believed_until_the_bytes_are_read(tmp_path):
     png, letter = list_pictures(tmp_path).pictures
 
     assert decode_rgb(read_bytes(png)).getpixel((0, 0)) == (200, 30, 30)
-    with pytest.raises(PictureError, match="cannot identify"):
+    with pytest.raises(PictureError, match="not a picture"):
         decode_rgb(read_bytes(letter))
 
 

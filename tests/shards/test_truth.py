@@ -67,6 +67,26 @@ def test_masks_are_one_part_whatever_their_depth(tmp_path):
     assert grey.count_parts(["a.jpg"]) == 1
 
 
+@pytest.mark.parametrize("fill", [0, 255])
+def test_a_mask_may_be_all_background_or_all_object_but_not_of_part_ids(fill, tmp_path):
+    whole = drawn(tmp_path / "a", "masks", np.full((2, 2), fill, np.uint8))
+    ids = drawn(tmp_path / "b", "masks", np.array([[0, 1]], np.uint8))
+
+    assert (whole.read("a.jpg") == (fill > 0)).all()
+    with pytest.raises(ValueError, match=r"masks/a\.png holds values up to 1 and no 255; a mask is 0 and 255"):
+        ids.read("a.jpg")
+
+
+def test_pictures_without_truth_are_told_where_it_should_lie(tmp_path):
+    drawn(tmp_path / "val", "labels", np.zeros((2, 2), np.uint8))
+    layout = r"masks/a\.png is missing: .* images/NAME\.jpg beside labels/NAME\.png .* or masks/NAME\.png .* size"
+
+    with pytest.raises(FileNotFoundError, match=f"{layout}$"):
+        TruthFiles(tmp_path, ["a.jpg"])
+    with pytest.raises(FileNotFoundError, match=f"{layout}; give {tmp_path}/val, not its images/"):
+        TruthFiles(tmp_path / "val/images", ["a.jpg"])
+
+
 def test_a_map_of_another_size_or_orientation_than_its_picture_is_refused(tmp_path):
     files = drawn(tmp_path, "labels", np.zeros((3, 4), np.uint8))
 

@@ -15,7 +15,7 @@ from training.checkpoint import CheckpointError
 from training.config import RunConfig
 from training.device import pick_device
 from training.metrics import Metrics, read_metrics
-from training.progress import clock
+from training.progress import Progress, clock
 from training.run import RunError, RunFolder
 from training.schedule import learning_rate
 
@@ -53,9 +53,18 @@ def test_a_run_folder_holds_its_config_and_is_finished_by_done(tmp_path):
 
 def test_another_config_is_refused_and_the_difference_named(tmp_path):
     RunFolder.open(toy(tmp_path)).close()
+    Metrics(tmp_path, step=0).close()
 
     with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
         RunFolder.open(toy(tmp_path, lr=0.2))
+
+
+def test_a_folder_in_which_nothing_was_computed_takes_another_config(tmp_path):
+    """A run refused for a wrong path must not keep its folder from the right one."""
+    RunFolder.open(toy(tmp_path)).close()
+    RunFolder.open(toy(tmp_path, lr=0.2)).close()
+
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
 
 
 def test_what_only_changes_speed_may_change(tmp_path):
@@ -69,6 +78,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="neither empty nor a run folder"):
         RunFolder.open(toy(tmp_path))
+
+
+def test_a_file_cannot_be_a_run_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, and a run needs a folder"):
+        RunFolder.open(toy(tmp_path / "file"))
 
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path):
@@ -98,6 +113,13 @@ def test_a_checkpoint_torn_by_a_kill_is_not_seen(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step-00000001"
     assert save(tmp_path, 2).name == "step-00000002"
     assert not torn.exists()
+
+
+def test_a_folder_inside_a_run_is_told_to_be_one(tmp_path):
+    save(tmp_path, 1)
+
+    with pytest.raises(CheckpointError, match=f"inside a run; pass the run, {tmp_path}$"):
+        checkpoint.find(tmp_path / "checkpoints")
 
 
 def test_a_torn_file_is_a_sentence(tmp_path):
@@ -139,6 +161,15 @@ def test_a_device_the_machine_lacks_is_refused():
 
     with pytest.raises(ValueError, match="this machine offers"):
         pick_device(lacking)
+
+
+def test_progress_of_nothing_is_silent(capsys):
+    progress = Progress(0, "parts", "steps")
+    progress._began -= 10
+
+    progress.close()
+
+    assert capsys.readouterr().err == ""
 
 
 def test_times_are_said_as_people_say_them():

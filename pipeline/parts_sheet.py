@@ -1,0 +1,46 @@
+"""The picture that `learn-parts` leaves beside its figures: some of its pictures, their foreground and their parts."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from partlearn.config import LearnConfig
+from partlearn.label import Labeller
+from pipeline.sheet import ROWS, assemble, brightness, coloured, enlarged
+from shards.atomic import write_whole
+from shards.order import permutation
+from shards.pictures import PictureError, decode_rgb, list_pictures, read_bytes, square
+from training.device import pick_device
+
+SIDE = 224
+
+
+def draw_parts(config: LearnConfig) -> Path:
+    """Write `parts.png` into the run folder: centre squares of ROWS of its pictures, drawn by its seed, how near to
+    the best each cell ranks in foreground, and its part; the background dark, a colour the same part in every row."""
+    run = config.run
+    labeller = Labeller(run.out, device=pick_device(run.device), precision=run.precision)
+    images = np.stack([np.asarray(shown) for shown, _ in zip(_squares(config), range(ROWS), strict=False)])
+    labels = labeller(images)
+    columns = [
+        images,
+        images * enlarged(brightness(labels.fgrank), SIDE),
+        0.35 * images + 0.65 * enlarged(coloured(labels.parts, 1 + labeller.learner.shape.parts), SIDE),
+    ]
+    buffer = io.BytesIO()
+    assemble(("picture", "foreground", "parts"), columns).save(buffer, "PNG")
+    write_whole(run.out / "parts.png", buffer.getvalue())
+    return run.out / "parts.png"
+
+
+def _squares(config: LearnConfig) -> Iterator[Image.Image]:
+    """Of pictures that can be read; the others were named when they were learned from."""
+    pictures = list_pictures(config.images).pictures
+    for index in permutation(len(pictures), seed=config.seed, epoch=0):
+        try:
+            yield square(decode_rgb(read_bytes(pictures[index])), SIDE)[0]
+        except PictureError:
+            continue
