@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from training.config import RunConfig, without_slash
+from training.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,6 @@ class EncoderConfig:
     run: RunConfig
 
     def __post_init__(self):
-        object.__setattr__(self, "images", without_slash(self.images))
         if len(set(self.teacher_blocks)) < len(self.teacher_blocks):
             raise ValueError(f"--teacher-blocks must differ from each other, got {self.teacher_blocks}")
         if self.teacher_blocks and self.teacher is None:
@@ -166,7 +165,6 @@ class LearnConfig:
     run: RunConfig
 
     def __post_init__(self):
-        object.__setattr__(self, "images", without_slash(self.images))
         for name, value in PAPER.items() if self.paper else ():
             object.__setattr__(self, name, value)
         for name, value in SMALL.items() if self.encoder == "small" and self.init == "kmeans" else ():
@@ -271,8 +269,6 @@ class ExtractConfig:
     run: RunConfig
 
     def __post_init__(self):
-        if self.images is not None:
-            object.__setattr__(self, "images", without_slash(self.images))
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (pictures) or --relabel (a shard set), and not both")
         if str(self.parts) == TRUTH and (self.attention or self.encoder or self.encoder_block is not None):

@@ -19,7 +19,7 @@ from partlearn.objective import Objective
 from partlearn.objective_checkpoint import resume, save
 from partlearn.student_teacher import StudentTeacher
 from partlearn.update import new_optimizer, train_step
-from partlearn.views import PictureBatches, count_unreadable
+from partlearn.views import PictureBatches
 from shards.pictures import PictureList, list_pictures
 from training import checkpoint, distributed
 from training.device import pick_device, plain_attention_on_cpu
@@ -113,7 +113,7 @@ def _train(
                 measured = {"knn": monitor(objective.encoder, config.run.precision, objective.mean, objective.std)}
                 shown |= measured
             if step == last:
-                shown["unreadable"] = count_unreadable(pictures, device)
+                shown["unreadable"] = _unreadable(batches, count, device)
             speed = (step - first) * config.batch_size / (time.monotonic() - began)
             metrics.log(step - 1, **shown, images_per_second=speed)
             progress.advance(loss=shown["loss_class"] + shown["loss_patch"], **measured)
@@ -161,3 +161,10 @@ def _warn_of_collapse(config: EncoderConfig, shown: dict[str, float], *, step: i
             file=sys.stderr,
         )
     return collapsed
+
+
+def _unreadable(batches: PictureBatches, count: int, device: torch.device) -> int:
+    """Pictures that any rank found unreadable."""
+    found = torch.zeros(count, device=device)
+    found[list(batches.unreadable)] = 1
+    return int((distributed.mean(found) > 0).sum())

@@ -1,8 +1,6 @@
 """Any source of a frozen ViT: class token, patch tokens, tokens as any block reads them, class attention."""
 
 import difflib
-import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,8 +223,6 @@ def _pretrained_cfg(architecture: str) -> dict[str, Any]:
 def _hub_or_random(kind: str, architecture: str) -> dict[str, Tensor]:
     """State dict of a hub model, or of one drawn at random with seed 0 (LayerScale 1, or blocks would do nothing)."""
     if kind == "timm":
-        print(f"fetching {architecture}, unless it was fetched before", file=sys.stderr)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, without the internet
         try:
             return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
         except Exception as error:  # whatever the hub's client raises, it means the same to the user

@@ -18,7 +18,6 @@ from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_l
 from partlearn.parts import part_maps
 from partlearn.start import start
 from partlearn.view_tokens import View, Views, picture_target
-from partlearn.views import count_unreadable
 from partlearn.weights import fingerprint
 from shards.atomic import sha256_json
 from shards.pictures import list_pictures
@@ -126,7 +125,6 @@ def _train(
     report = {
         "steps": step,
         "pictures": len(pictures.pictures),
-        "unreadable": count_unreadable(pictures, device),
         "encoder": encoder.description,
         **figures,
     }

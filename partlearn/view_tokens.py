@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
@@ -48,17 +48,10 @@ class Views:
         if not self.config.kept_views:
             size = self.config.batch_size
             return _cropped(self.config, self.encoder, self.pictures, size, step, rank, world_size)
-        return kept(self.store(), self.config, self.encoder.device, step)
-
-    def store(self, most: int | None = None) -> View:
-        """Tokens of the views that are kept, encoded at the first call; of fresh ones, of the first `most`."""
-        if self._store is not None:
-            return self._store
-        if self.config.kept_views or most is None:
+        if self._store is None:
+            _refuse_what_does_not_fit(self.config, self.encoder, self.count)
             self._store = _encode_all(self.config, self.encoder, self.pictures, self.count)
-            return self._store
-        tokens_alone = replace(self.config, target="features", consistency=0.0)
-        return _encode_all(tokens_alone, self.encoder, self.pictures, min(most, self.count))
+        return _kept(self._store, self.config, self.encoder.device, step)
 
 
 def _cropped(
@@ -98,8 +91,8 @@ def _cropped(
         batches.close()
 
 
-def kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Generator[View, None, None]:
-    """Batches of the kept crops from `step` on, for ever; every crop comes once an epoch."""
+def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Generator[View, None, None]:
+    """Draws from the kept crops; every one comes once an epoch."""
     count, epoch = len(store.pixels), -1
     order = torch.empty(0, dtype=torch.int64)
     while True:
@@ -115,7 +108,6 @@ def kept(store: View, config: LearnConfig, device: torch.device, step: int) -> G
 
 def _encode_all(config: LearnConfig, encoder: Encoder, pictures: PictureList, count: int) -> View:
     """The first `count` crops of the endless sequence, tokens in fp16."""
-    _refuse_what_does_not_fit(config, encoder, count)
     progress = Progress(count, "encoding", "views")
     pieces: list[View] = []
     for view in _cropped(config, encoder, pictures, min(ENCODED_AT_ONCE, count), 0):

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from shards.order import VIEW, permutation, uniform
 from shards.pictures import Picture, PictureError, PictureList, decode_rgb, read_bytes, square
-from training import distributed
 
 BATCHES_AHEAD = 2
-_unreadable: set[Picture] = set()
-"""Named on stderr: once a process, however often its batches begin anew."""
+_named: set[Picture] = set()
+"""Unreadable pictures told of on stderr: once a process, however often its batches begin anew."""
 _telling = threading.Lock()
 
 
@@ -99,15 +98,9 @@ class PictureBatches:
         picture = self._pictures[index]
         with _telling:
             self.unreadable[index] = str(error)
-            if picture not in _unreadable:
-                _unreadable.add(picture)
+            if picture not in _named:
+                _named.add(picture)
                 print(f"{picture.name} cannot be read ({error}); the next picture takes its place", file=sys.stderr)
-
-
-def count_unreadable(pictures: PictureList, device: torch.device) -> int:
-    """Pictures that any rank found unreadable."""
-    found = torch.tensor([float(picture in _unreadable) for picture in pictures.pictures], device=device)
-    return int((distributed.mean(found) > 0).sum())
 
 
 def random_boxes(

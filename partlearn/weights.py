@@ -63,10 +63,10 @@ def backbone(content: Any, path: Path, official: bool = False) -> dict[str, Tens
             name = name.removeprefix(prefix)
         if isinstance(value, Tensor):
             flat[name] = value.float()
-    if official and (path.suffix == ".safetensors" or "head.weight" in flat):
+    if official and "head.weight" in flat:
         raise CheckpointError(
-            f"{path} is no official DINO or iBOT file (those are .pth, without the head.weight of a classifier) and "
-            "may need another normalisation than theirs; pass it as timm:NAME=FILE"
+            f"{path} holds the head.weight of a classifier and is no official DINO or iBOT file; it may need another "
+            "normalisation than theirs, so pass it as timm:NAME=FILE"
         )
     return {name: value for name, value in flat.items() if not name.startswith(NOT_THE_BACKBONE)}
 

@@ -40,12 +40,17 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
     from partlearn.learn import learn
 
     _train(learn, config, backend, num_workers)
-    if backend == "local" and _is_main():
+    out = config.run.out
+    if _is_main() and not (out / "parts.png").exists():
         from pipeline.parts_sheet import draw_parts
+        from training.checkpoint import CheckpointError
 
-        print(
-            f"{draw_parts(config)} shows some of them; `semmae extract --parts {config.run.out}` writes them to shards"
-        )
+        try:
+            draw_parts(config)
+        except (OSError, ValueError, CheckpointError) as error:
+            print(f"the parts are learned, but {out / 'parts.png'} was not drawn: {_sentence(error)}", file=sys.stderr)
+    if _is_main():
+        print(f"see {out / 'parts.png'}; then: semmae extract --images {config.images} --parts {out} --out SHARDS")
 
 
 def extract(config: Annotated[ExtractConfig, Plain]) -> None:

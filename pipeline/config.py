@@ -52,7 +52,7 @@ class ScorePartsConfig:
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
     compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines, the first learner's unless told, or small; a learner brings its own. Baselines
+    """Frozen encoders of the baselines; unless told the first learner's, read at its block, or small. Baselines
     are scored on every encoder x block x count, where block and count matter to them.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()

@@ -20,7 +20,11 @@ SIDE = 224
 
 def draw_parts(config: LearnConfig) -> Path:
     """Write `parts.png` into the run folder: centre squares of ROWS of its pictures, drawn by its seed, how near to
-    the best each cell ranks in foreground, and its part; the background dark, a colour the same part in every row."""
+    the best each cell ranks in foreground, and its part; the background dark, a colour the same part in every row.
+
+    Raises:
+        OSError, ValueError, CheckpointError: Pictures or encoder are no longer where they were.
+    """
     run = config.run
     labeller = Labeller(run.out, device=pick_device(run.device), precision=run.precision)
     images = np.stack([np.asarray(shown) for shown, _ in zip(_squares(config), range(ROWS), strict=False)])
@@ -42,5 +46,5 @@ def _squares(config: LearnConfig) -> Iterator[Image.Image]:
     for index in permutation(len(pictures), seed=config.seed, epoch=0):
         try:
             yield square(decode_rgb(read_bytes(pictures[index])), SIDE)[0]
-        except PictureError:
+        except (PictureError, OSError):
             continue

@@ -20,6 +20,7 @@ from evaluate.part_scores import LABELLINGS, below_centre, control_rows, parts_o
 from evaluate.stability import stability
 from evaluate.truth import TruthSet
 from partlearn.baselines import NAMES, OF_HEADS, Baseline
+from partlearn.config import SMALL
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
 from pipeline.sheet import ROWS, assemble, coloured, enlarged
@@ -32,17 +33,16 @@ COLUMNS += FOREGROUND_COLUMNS[2:]
 READ_BLOCK = ("kmeans-image", "shuffled-kmeans-image")
 """Baselines to which --encoder-block matters; the others see the encoder's end alone."""
 SHOWN = {
-    "foreground_ap": "AP", "beyond_shortcut": "b1", "beyond_other": "b2", "nmi": "NMI", "nmi_image": "NMI image",
-    "colour_nmi": "colour", "shift_ari": "shift", "flip_inside": "flip", "parts_used": "used",
-    "speckle_inside": "speckle", "stability": "seeds",
+    "foreground_ap": "AP", "beyond_shortcut": "b1", "beyond_other": "b2", "nmi": "NMI", "colour_nmi": "RGB",
+    "shift_ari": "shift", "flip_inside": "flip", "parts_used": "used", "speckle_inside": "lone", "stability": "seeds",
 }  # fmt: skip
 """Columns of the printed table, and their names there; --json has all."""
 LEGEND = (
     "AP: rank of the foreground. b1, b2: what labels tell of true parts beyond height and colour, with two null "
-    "models. NMI: with true parts, all pictures together, and within each. colour: NMI with RGB clusters. shift, flip, "
-    "seeds: agreement of two crops, with the mirror image (where there are parts), and of runs of other seeds. used: "
-    "parts in a picture. speckle: lonely cells among those with a part. --json FILE has more; partlearn/RESULTS.md "
-    "says how to read them."
+    "models. NMI: with true parts, all pictures together. RGB: NMI with clusters of colours. shift, flip, seeds: "
+    "agreement of two crops, with the mirror image, and of runs of other seeds. used: parts in a picture. lone: cells "
+    "that share their label with no neighbour. flip and lone look only where there are parts. --json FILE has more; "
+    "partlearn/RESULTS.md says how to read them."
 )
 ON_ONE_SHEET = 8
 """Methods; of more, each has its own sheet."""
@@ -74,7 +74,7 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.
-        ValueError: A baseline without an encoder; a learner on another grid than the table's; a truth of another size
+        ValueError: A learner on another grid than the table's; a truth of another size
             than its picture; shuffled labels of a folder with one picture.
     """
     for file in filter(None, (config.json, config.sheet)):
@@ -82,8 +82,10 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     sets = {name: TruthSet(Path(name)) for name in config.images}
     pictures = sum(len(one.pictures) for one in sets.values())
     learners = list(_learners(config))
-    own = [learner.labeller.encoder.description["source"] for learner in learners]
-    methods = [*learners, *_baselines(config, config.encoder or own[:1] or ("small",))]
+    read = (
+        learners[0].labeller.encoder.description if learners else {"source": "small", "block": SMALL["encoder_block"]}
+    )
+    methods = [*learners, *_baselines(config, read)]
     together = _on_one_encoder(methods)
     progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "views")
     rows: list[dict[str, Any]] = []
@@ -139,12 +141,13 @@ def _learners(config: ScorePartsConfig) -> Iterator[Method]:
         yield Method(source, labeller)
 
 
-def _baselines(config: ScorePartsConfig, encoders: Sequence[str]) -> Iterator[Method]:
-    """Each on every encoder and, where they matter to it, block and count. All on one block share the encoder."""
+def _baselines(config: ScorePartsConfig, read: dict[str, Any]) -> Iterator[Method]:
+    """Each on every encoder and, where they matter to it, block and count; unless told, on the source and block that
+    are `read`. All on one block share the encoder."""
     names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
-    blocks = config.encoder_block or (None,)
-    for encoder, block in product(encoders, blocks):
+    blocks = config.encoder_block or ((None,) if config.encoder else (read["block"],))
+    for encoder, block in product(config.encoder or (read["source"],), blocks):
         here = [name for name in names if name in READ_BLOCK or block == blocks[0]]
         if not here:
             continue
@@ -194,12 +197,18 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table = Table(box=box.SIMPLE_HEAD, title=f"{name}, {view}", padding=(0, 1, 0, 0), title_justify="left")
         table.add_column("labels", overflow="fold")
         for title in shown.values():
-            table.add_column(title, overflow="fold", min_width=5, justify="right")
+            table.add_column(title, no_wrap=True, min_width=max(4, len(title)), justify="right")
         for row in (row for row in rows if (row["set"], row["view"]) == (name, view)):
-            figures = ("" if row[column] is None else f"{row[column]:.3f}".replace("0.", ".", 1) for column in shown)
-            table.add_row(methods[row["method"]], *figures)
+            table.add_row(methods[row["method"]], *(_figure(row[column]) for column in shown))
         console.print(table)
     console.print(LEGEND, highlight=False)
+
+
+def _figure(value: float | None) -> str:
+    """Three digits without a leading zero, or one after a whole number: .987, -.012, 5.1."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value >= 1 else re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:

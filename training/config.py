@@ -5,11 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 
-def without_slash(place: str) -> str:
-    """A folder is the same one with a slash at its end."""
-    return place.rstrip("/") or place
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """Where a run's output goes and which machine does it. Resuming under another RunConfig is fine."""

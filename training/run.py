@@ -112,19 +112,24 @@ def _untouched(path: Path) -> bool:
     return {entry.name for entry in path.iterdir()} <= {".lock", "config.json", "environment.json"}
 
 
+def _bare(value: Any) -> Any:
+    """A folder is the same one with a slash at its end."""
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
 def _claim(path: Path, config: Any) -> None:
     """Write config.json and environment.json, or check that config.json says the same where work was done.
 
     `run` is left out of the comparison: it says where and how fast, never what.
     """
     ours = as_json(config) | {"verb": type(config).__name__}
-    if (path / "config.json").is_file() and not _untouched(path):
-        theirs = read_json(path / "config.json")
+    theirs = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if theirs and not (_untouched(path) and theirs.get("verb") == ours["verb"]):
         fields = sorted((set(ours) | set(theirs)) - {"run"})
         differing = [
             f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
             for name in fields
-            if theirs.get(name) != ours.get(name)
+            if _bare(theirs.get(name)) != _bare(ours.get(name))
         ]
         if differing:
             raise ValueError(

@@ -1,14 +1,10 @@
 """Every form in which people hand out ViT weights loads strictly, and anything else fails in one sentence."""
 
 import argparse
-import logging
-import time
 
-import huggingface_hub
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 from partlearn.encoders import load_encoder
 from partlearn.weights import read_weights, resize_positions
@@ -141,17 +137,9 @@ def test_a_classifier_is_no_official_file(kind, wrapper, vit_small, tmp_path):
     weights = vit_small | {"head.weight": torch.zeros(10, 384), "head.bias": torch.zeros(10)}
     torch.save({wrapper: weights} if wrapper else weights, tmp_path / "classifier.pth")
 
-    with pytest.raises(CheckpointError, match=r"is no official DINO or iBOT file .* pass it as timm:NAME=FILE"):
+    with pytest.raises(CheckpointError, match=r"is no official DINO or iBOT file; .* pass it as timm:NAME=FILE"):
         load_encoder(f"{kind}:{tmp_path / 'classifier.pth'}")
     assert load_encoder(f"timm:vit_small_patch16_224={tmp_path / 'classifier.pth'}").dim == 384
-
-
-def test_safetensors_are_no_official_file_and_load_by_timms_name(vit_small, tmp_path):
-    save_file(vit_small, tmp_path / "vit.safetensors")
-
-    with pytest.raises(CheckpointError, match=r"those are \.pth"):
-        load_encoder(f"dino:{tmp_path / 'vit.safetensors'}")
-    assert load_encoder(f"timm:vit_small_patch16_224={tmp_path / 'vit.safetensors'}").dim == 384
 
 
 @pytest.mark.parametrize(
@@ -168,18 +156,6 @@ def test_safetensors_are_no_official_file_and_load_by_timms_name(vit_small, tmp_
 def test_a_wrong_source_is_one_sentence(source, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         load_encoder(source)
-
-
-def test_without_the_hub_there_is_one_sentence_and_no_retries_of_its_client(tmp_path, monkeypatch, caplog):
-    for name, value in (("HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{filename}"), ("HF_HUB_CACHE", tmp_path)):
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
-
-    with pytest.raises(CheckpointError, match=r"could not be fetched .* timm:vit_tiny_patch16_224=FILE"):
-        load_encoder("timm:vit_tiny_patch16_224")
-
-    assert caplog.text == ""
 
 
 def test_a_size_that_the_patches_do_not_divide_is_refused():

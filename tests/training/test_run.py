@@ -23,6 +23,7 @@ from training.schedule import learning_rate
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toy:
     lr: float = 0.1
+    images: str = ""
     run: RunConfig
 
 
@@ -65,6 +66,21 @@ def test_a_folder_in_which_nothing_was_computed_takes_another_config(tmp_path):
     RunFolder.open(toy(tmp_path, lr=0.2)).close()
 
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
+
+
+def test_a_config_of_something_else_is_no_run_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+
+    with pytest.raises(ValueError, match="belongs to another run"):
+        RunFolder.open(toy(tmp_path))
+    assert "model_type" in (tmp_path / "config.json").read_text()
+
+
+def test_a_slash_after_a_folder_is_no_other_setting(tmp_path):
+    RunFolder.open(toy(tmp_path, images="photos/")).close()
+    Metrics(tmp_path, step=0).close()
+
+    RunFolder.open(toy(tmp_path, images="photos")).close()
 
 
 def test_what_only_changes_speed_may_change(tmp_path):
