@@ -9,7 +9,7 @@ from PIL import Image
 
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller
-from pipeline.sheet import ROWS, assemble, brightness, coloured, enlarged
+from pipeline.sheet import ROWS, assemble, brightness, enlarged, tinted
 from shards.atomic import write_whole
 from shards.order import permutation
 from shards.pictures import PictureError, decode_rgb, list_pictures, read_bytes, square
@@ -32,7 +32,7 @@ def draw_parts(config: LearnConfig) -> Path:
     columns = [
         images,
         images * enlarged(brightness(labels.fgrank), SIDE),
-        0.35 * images + 0.65 * enlarged(coloured(labels.parts, 1 + labeller.learner.shape.parts), SIDE),
+        tinted(images, labels.parts, 1 + labeller.learner.shape.parts),
     ]
     buffer = io.BytesIO()
     assemble(("picture", "foreground", "parts"), columns).save(buffer, "PNG")

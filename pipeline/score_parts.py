@@ -23,7 +23,7 @@ from partlearn.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.config import SMALL
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
-from pipeline.sheet import ROWS, assemble, coloured, enlarged
+from pipeline.sheet import ROWS, assemble, tinted
 from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.device import pick_device
 from training.progress import Progress
@@ -252,7 +252,6 @@ def _headings(methods: Sequence[str]) -> list[str]:
 
 
 def _tinted(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Labels as colours over the picture; 0, the background, dark."""
+    """Labels over the picture; 0 is the background."""
     groups = int(labels.max()) + 1
-    last = (labels.astype(np.int64) - 1) % groups
-    return 0.35 * images + 0.65 * enlarged(coloured(last, groups), images.shape[1])
+    return tinted(images, (labels.astype(np.int64) - 1) % groups, groups)

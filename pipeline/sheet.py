@@ -47,7 +47,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
 
     columns = [
         images,
-        0.35 * images + 0.65 * enlarged(coloured(batch.parts, 1 + parts_of_set(shards)), shards.size),
+        tinted(images, batch.parts, 1 + parts_of_set(shards)),
         images * enlarged(brightness(batch.fgrank), shards.size),
         *(_with_holes(images, masked, model.side) for masked in masks),
         rebuilt(masks[0]),
@@ -73,10 +73,11 @@ def _pick(shards: ShardSet, seed: int) -> Batch:
     return Batch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names), position=0)
 
 
-def coloured(parts: np.ndarray, groups: int) -> np.ndarray:
-    """A colour a part; the last of the groups, the background, is dark, whether or not any cell has it."""
+def tinted(images: np.ndarray, parts: np.ndarray, groups: int) -> np.ndarray:
+    """A colour a part over its picture; the last of the groups, the background, is dark, whether or not any cell has
+    it."""
     palette = np.concatenate([COLOURS[np.arange(groups - 1) % len(COLOURS)], BACKGROUND[None]])
-    return palette[parts]
+    return 0.35 * images + 0.65 * enlarged(palette[parts], images.shape[1])
 
 
 def brightness(fgrank: np.ndarray) -> np.ndarray:
