@@ -153,7 +153,7 @@ class LearnConfig:
     """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
     told, 4 where steps are taken, and else 0."""
     steps: int | None = None
-    """Updates; unless told, none from the k-means start (more changed nothing that was measured) and else 1,000."""
+    """Updates; unless told, none from the k-means start (none gained anything that was measured) and else 1,000."""
     batch_size: int = 64
     """Pictures a step."""
     lr: float = 1e-3
