@@ -148,7 +148,11 @@ def test_a_wrong_call_is_one_clear_sentence(command, status, sentence, tmp_path)
 def test_an_interruption_before_any_checkpoint_does_not_promise_one(tmp_path):
     draw(tmp_path / "photos", classes=1, each=4)
     options = "--images photos --out run --batch-size 2 --epochs 99999 --device cpu"
-    command = [sys.executable, "-m", "pipeline", "encoder", *options.split()]
+    code = (  # a shell starts its background jobs deaf to interruptions, and these tests may be one
+        "import signal, sys\nfrom pipeline.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "encoder", *options.split()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (tmp_path / "run/config.json").exists():
