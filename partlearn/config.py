@@ -91,7 +91,7 @@ PAPER = {
     "target": "pixels",
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
-SMALL = {"encoder_block": 3, "whiten": 32}
+SMALL_READS = {"encoder_block": 3, "whiten": 32}
 """What k-means reads best of the encoder `small`: its last norm, in fewer directions (partlearn/small/README.md)."""
 TRUTH = "truth"
 """What `extract --parts` calls the part maps that people drew (`partlearn/true_parts.py`)."""
@@ -167,7 +167,7 @@ class LearnConfig:
     def __post_init__(self):
         for name, value in PAPER.items() if self.paper else ():
             object.__setattr__(self, name, value)
-        for name, value in SMALL.items() if self.encoder == "small" and self.init == "kmeans" else ():
+        for name, value in SMALL_READS.items() if self.encoder == "small" and self.init == "kmeans" else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.whiten is None:

@@ -62,7 +62,8 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
 
 def _first(learner: PartLearner, views: Views) -> list[tuple[Tokens, Bool[Tensor, "batch patches"]]]:
     """What the learner reads of the first START_VIEWS views (all, of fewer) and its cells of them; in fp16, in the
-    machine's memory: 0.6 MB a view of ViT-S on 28x28 cells. So each is encoded once, and read twice."""
+    machine's memory: 0.6 MB a view of ViT-S on 28x28 cells. So each is encoded once, and read twice. What it does
+    not read of `Tokens` is left empty."""
     progress = Progress(min(START_VIEWS, views.count), "k-means reads", "views")
     first = []
     for view in views.batches(step=0):

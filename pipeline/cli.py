@@ -40,17 +40,10 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
     from partlearn.learn import learn
 
     _train(learn, config, backend, num_workers)
-    out = config.run.out
-    if _is_main() and not (out / "parts.png").exists():
-        from pipeline.parts_sheet import draw_parts
-        from training.checkpoint import CheckpointError
-
-        try:
-            draw_parts(config)
-        except (OSError, ValueError, CheckpointError) as error:
-            print(f"the parts are learned, but {out / 'parts.png'} was not drawn: {_sentence(error)}", file=sys.stderr)
     if _is_main():
-        print(f"see {out / 'parts.png'}; then: semmae extract --images {config.images} --parts {out} --out SHARDS")
+        from pipeline.parts_sheet import show_parts
+
+        show_parts(config)
 
 
 def extract(config: Annotated[ExtractConfig, Plain]) -> None:

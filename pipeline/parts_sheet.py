@@ -1,8 +1,8 @@
 """The picture that `learn-parts` leaves beside its figures: some of its pictures, their foreground and their parts."""
 
 import io
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,12 +13,28 @@ from pipeline.sheet import ROWS, assemble, brightness, enlarged, tinted
 from shards.atomic import write_whole
 from shards.order import permutation
 from shards.pictures import PictureError, decode_rgb, list_pictures, read_bytes, square
+from training.checkpoint import CheckpointError
 from training.device import pick_device
 
 SIDE = 224
 
 
-def draw_parts(config: LearnConfig) -> Path:
+def show_parts(config: LearnConfig) -> None:
+    """Draw the picture of a finished run where it has none, and say where it is and what comes next.
+
+    One that cannot be drawn, since photographs or encoder have moved, is told of on stderr: the parts are learned.
+    """
+    out = config.run.out
+    try:
+        if not (out / "parts.png").exists():
+            draw_parts(config)
+    except (OSError, ValueError, CheckpointError) as error:
+        print(f"the parts are learned, but {out / 'parts.png'} was not drawn: {error}", file=sys.stderr)
+    else:
+        print(f"see {out / 'parts.png'}; then: semmae extract --images {config.images} --parts {out} --out SHARDS")
+
+
+def draw_parts(config: LearnConfig) -> None:
     """Write `parts.png` into the run folder: centre squares of ROWS of its pictures, drawn by its seed, how near to
     the best each cell ranks in foreground, and its part; the background dark, a colour the same part in every row.
 
@@ -37,7 +53,6 @@ def draw_parts(config: LearnConfig) -> Path:
     buffer = io.BytesIO()
     assemble(("picture", "foreground", "parts"), columns).save(buffer, "PNG")
     write_whole(run.out / "parts.png", buffer.getvalue())
-    return run.out / "parts.png"
 
 
 def _squares(config: LearnConfig) -> Iterator[Image.Image]:

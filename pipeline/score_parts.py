@@ -20,7 +20,7 @@ from evaluate.part_scores import LABELLINGS, below_centre, control_rows, parts_o
 from evaluate.stability import stability
 from evaluate.truth import TruthSet
 from partlearn.baselines import NAMES, OF_HEADS, Baseline
-from partlearn.config import SMALL
+from partlearn.config import SMALL_READS
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
 from pipeline.sheet import ROWS, assemble, tinted
@@ -83,7 +83,9 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     pictures = sum(len(one.pictures) for one in sets.values())
     learners = list(_learners(config))
     read = (
-        learners[0].labeller.encoder.description if learners else {"source": "small", "block": SMALL["encoder_block"]}
+        learners[0].labeller.encoder.description
+        if learners
+        else {"source": "small", "block": SMALL_READS["encoder_block"]}
     )
     methods = [*learners, *_baselines(config, read)]
     together = _on_one_encoder(methods)

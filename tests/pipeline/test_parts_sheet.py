@@ -1,0 +1,30 @@
+"""The picture of a learned run."""
+
+from conftest import photographs
+from PIL import Image
+
+from partlearn.config import LearnConfig
+from partlearn.learn import learn
+from pipeline.parts_sheet import show_parts
+from pipeline.sheet import CELL
+from training.config import RunConfig
+
+
+def test_a_run_is_shown_without_its_torn_pictures_and_stands_when_they_have_moved(tmp_path, capsys):
+    folder = photographs(tmp_path / "photos", 3)
+    (folder / "torn.jpg").write_bytes(b"no picture")
+    run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
+    config = LearnConfig(
+        images=str(folder), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, batch_size=4, run=run
+    )
+    learn(config)
+
+    show_parts(config)
+
+    with Image.open(run.out / "parts.png") as sheet:
+        assert 3 * CELL < sheet.width < 4 * CELL
+        assert 3 * CELL < sheet.height < 4 * CELL
+    (run.out / "parts.png").unlink()
+    folder.rename(tmp_path / "elsewhere")
+    show_parts(config)
+    assert "parts.png was not drawn: no pictures at" in capsys.readouterr().err
