@@ -1,19 +1,22 @@
-"""Numbers of a run: one JSON line a step, and the same as TensorBoard events."""
+"""Numbers of a run: one JSON line a step, and the same as TensorBoard events where tensorboard is installed."""
 
 import json
 import os
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from training import distributed
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # a machine with its own stack: metrics.jsonl holds the same numbers
+    SummaryWriter = None
 
 
 class Metrics:
     """Appends to `run/metrics.jsonl`; lines at or after `step`, left by a killed run, are cut first."""
 
     def __init__(self, run: Path, *, step: int):
-        self._file = None
+        self._file = self._board = None
         if not distributed.is_main():
             return
         path = run / "metrics.jsonl"
@@ -22,7 +25,7 @@ class Metrics:
         aside.write_text("".join(kept))
         os.replace(aside, path)
         self._file = open(path, "a")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(run, purge_step=step)
+        self._board = SummaryWriter(run, purge_step=step) if SummaryWriter else None
 
     def log(self, step: int, **numbers: float) -> None:
         """One line: the step and its numbers."""
@@ -31,12 +34,13 @@ class Metrics:
         plain = {name: float(value) for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step} | plain) + "\n")
         self._file.flush()
-        for name, value in plain.items():
+        for name, value in plain.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board:
             self._board.close()
 
 
