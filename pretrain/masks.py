@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
@@ -12,6 +11,8 @@ from pretrain.masking import random_masking, semantic_masking
 from pretrain.patches import best_patches, pool_labels, split
 from shards.batches import Batch
 from shards.order import MASK, PART_ORDER, uniform
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +26,24 @@ class Masked:
     labels: Int64[Tensor, "batch kept"]
 
 
-def mask_batch(batch: Batch, config: PretrainConfig, *, side: int, groups: int, alpha: float) -> Masked:
-    """Keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, picture, purpose)."""
-    images, parts, fgrank = (
-        torch.from_numpy(batch.images),
-        torch.from_numpy(batch.parts).long(),
-        torch.from_numpy(batch.fgrank.astype(np.int64)),
-    )
+def mask_batch(
+    batch: Batch, config: PretrainConfig, *, side: int, groups: int, alpha: float, device: torch.device = CPU
+) -> Masked:
+    """Keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, picture, purpose).
+
+    Args:
+        device: Where the masks are computed and stay; the same masks anywhere. The images stay where they are.
+    """
+    parts, fgrank = (torch.from_numpy(cells).long().to(device) for cells in (batch.parts, batch.fgrank))
     kept = best_patches(fgrank, side, config.keep_share)
     labels = pool_labels(parts, side, groups).gather(1, kept)
-    noise = _draws(batch, config.seed, MASK, kept.shape[1])
+    noise = _draws(batch, config.seed, MASK, kept.shape[1]).to(device)
     if config.masking == "random":
         mask = random_masking(noise, mask_ratio=config.mask_ratio)
     else:
-        order = _draws(batch, config.seed, PART_ORDER, groups)
+        order = _draws(batch, config.seed, PART_ORDER, groups).to(device)
         mask = semantic_masking(labels, noise, order, mask_ratio=config.mask_ratio, alpha=alpha)
-    return Masked(images, *split(kept, mask), mask, labels)
+    return Masked(torch.from_numpy(batch.images), *split(kept, mask), mask, labels)
 
 
 def _draws(batch: Batch, seed: int, purpose: int, count: int) -> Float[Tensor, "batch count"]:

@@ -77,7 +77,7 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
         torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
     model = build(config, shards.size).to(device)
     plain_attention_on_cpu(model, device)
-    optimiser = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    optimizer = new_optimizer(model, config)
     total = math.ceil(config.epochs * len(shards) / config.batch_size)
     stream = Stream(
         shards,
@@ -91,7 +91,7 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
         threads=config.run.threads,
         substitutes=config.substitutes,
     )
-    step = _resume(run, model, optimiser, stream)
+    step = _resume(run, model, optimizer, stream)
     wrapped: nn.Module = model
     if distributed.world_size() > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -111,10 +111,10 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
                 warmup_steps=round(config.warmup_epochs * len(shards) / config.batch_size),
                 total_steps=total,
             )
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
             masked = mask_batch(next(batches), config, side=model.side, groups=shards.groups, alpha=alpha)
-            loss = _step(wrapped, optimiser, masked, config, device)
+            loss = train_step(wrapped, optimizer, masked, config, device)
             if step % LOG_EVERY == 0 or step == total - 1:
                 figures = {"loss": distributed.mean(loss).item(), "lr": rate, "alpha": alpha}
                 if not math.isfinite(figures["loss"]):
@@ -130,8 +130,8 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
             step += 1
             progress.advance(**figures)
             if clock.due() and step < end:
-                _save(run, step, model, optimiser, config, stream)
-        _save(run, step, model, optimiser, config, stream)
+                _save(run, step, model, optimizer, config, stream)
+        _save(run, step, model, optimizer, config, stream)
     finally:
         batches.close()
         progress.close()
@@ -148,21 +148,26 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
     return report
 
 
-def _step(
+def train_step(
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     masked: Masked,
     config: PretrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """One update; returns the loss of this rank's pictures."""
+    """One update; returns the loss of this rank's images. The gradients stay until the next step.
+
+    Args:
+        model: An `MAE`, or what wraps one (DistributedDataParallel, torch.compile).
+        masked: On the CPU or on the device.
+    """
     pixels = masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
     images = (pixels - pixels.new_tensor(MEAN).reshape(3, 1, 1)) / pixels.new_tensor(STD).reshape(3, 1, 1)
     with autocast(device, config.run.precision):
         loss = model(images, masked.ids_visible.to(device), masked.ids_hidden.to(device))
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     return loss.detach()
 
 
@@ -191,21 +196,22 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks")
 
 
-def _decayed(model: MAE, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices; none on biases, norms and tokens."""
+def new_optimizer(model: MAE, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices; none on biases, norms and tokens. The loop sets its rate."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     plain = {name for name, weight in trained if weight.ndim == 1 or name.endswith(("cls_token", "mask_token"))}
-    return [
-        {"params": [weight for name, weight in trained if name not in plain], "weight_decay": weight_decay},
+    groups = [
+        {"params": [weight for name, weight in trained if name not in plain], "weight_decay": config.weight_decay},
         {"params": [weight for name, weight in trained if name in plain], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
 def _save(
     run: RunFolder,
     step: int,
     model: MAE,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     config: PretrainConfig,
     stream: Stream,
 ) -> None:
@@ -245,17 +251,17 @@ def _save(
         step,
         model.state_dict(),
         metadata={"vit": vit, "mae": mae, "data_fingerprint": stream.shards.identity},
-        state={"optimiser": optimiser.state_dict(), "stream": stream.state(step * config.batch_size)},
+        state={"optimiser": optimizer.state_dict(), "stream": stream.state(step * config.batch_size)},
     )
 
 
-def _resume(run: RunFolder, model: MAE, optimiser: torch.optim.Optimizer, stream: Stream) -> int:
+def _resume(run: RunFolder, model: MAE, optimizer: torch.optim.Optimizer, stream: Stream) -> int:
     """Continue from the newest checkpoint, the stream where it was; returns the steps done."""
     newest = checkpoint.newest(run.path)
     if newest is None:
         return 0
     model.load_state_dict(checkpoint.load_tensors(newest / "model.safetensors")[0])
     state = checkpoint.load_state(newest)
-    optimiser.load_state_dict(state["optimiser"])
+    optimizer.load_state_dict(state["optimiser"])
     stream.resume(state["stream"])
     return state["step"]
