@@ -56,7 +56,7 @@ def bench_extract(
     pictures = some_pictures(images, most)
     out.mkdir(parents=True, exist_ok=True)
     labeller = TimedLabeller(
-        parts or _untrained(pictures, out, run), device=pick_device(run.device), precision=run.precision
+        parts or untrained_parts(pictures, out, run), device=pick_device(run.device), precision=run.precision
     )
     with tempfile.TemporaryDirectory(prefix="extract.", dir=out) as folder:
         config = ExtractConfig(
@@ -110,8 +110,10 @@ def _builds(
     return speed, inside, outside
 
 
-def _untrained(pictures: PictureList, out: Path, run: RunConfig) -> Path:
-    """Parts nobody should look at, of two steps on a random ViT-S/16: as slow as real ones."""
+def untrained_parts(
+    pictures: PictureList, out: Path, run: RunConfig, *, encoder: str = UNTRAINED, grid: int = UNTRAINED_GRID
+) -> Path:
+    """Parts nobody should look at, of two steps on a random ViT: as slow as real ones. Returns their run folder."""
     folder, photos = out / "untrained-parts", out / "untrained-pictures"
     photos.mkdir(exist_ok=True)
     for number, picture in enumerate(pictures.pictures[:FEW]):
@@ -119,8 +121,8 @@ def _untrained(pictures: PictureList, out: Path, run: RunConfig) -> Path:
     learn(
         LearnConfig(
             images=str(photos),
-            encoder=UNTRAINED,
-            grid=UNTRAINED_GRID,
+            encoder=encoder,
+            grid=grid,
             views=1,
             steps=2,
             batch_size=4,

@@ -16,7 +16,7 @@ class Metrics:
     """Appends to `run/metrics.jsonl`; lines at or after `step`, left by a killed run, are cut first."""
 
     def __init__(self, run: Path, *, step: int):
-        self._file = self._board = None
+        self._file, self._board = None, None
         if not distributed.is_main():
             return
         path = run / "metrics.jsonl"
@@ -34,8 +34,9 @@ class Metrics:
         plain = {name: float(value) for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step} | plain) + "\n")
         self._file.flush()
-        for name, value in plain.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
+        for name, value in plain.items():
+            if self._board:
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._file is not None:

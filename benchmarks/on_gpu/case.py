@@ -1,0 +1,62 @@
+"""What a section is made of: cases, each with rows to yield and a guess of the seconds it takes."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.rounds import Row
+
+Bars = Mapping[str, tuple[str, float]]
+"""Row name to the bar it is held against: ("<=", 1e-5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every section is told."""
+
+    out: Path
+    device: Literal["cuda", "cpu"]
+    """The CPU's in a rehearsal."""
+    rehearse: bool
+    """Everything at toy size."""
+    photographs: tuple[Path, ...]
+    """Folders with truth, for the sections that learn and score parts; the drawn images where there are none."""
+    encoder: str
+    """Frozen encoder of those sections."""
+    data: str | None
+    """Shard set with classes for the masking study; the drawn images where there is none."""
+    cores: int
+    ends: float
+    """When this section has to be done, by `time.monotonic`."""
+
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.ends - time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something to measure. It is recorded row by row, so that a kill loses only the row under way."""
+
+    name: str
+    measure: Callable[[], Iterator[Row]]
+    seconds: float = 3.0
+    """Not begun with less time left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A file of this folder."""
+
+    name: str
+    seconds: float
+    """Its share of nine minutes."""
+    cases: Callable[[Bench], list[Case]]
+    """Lists the cases, in order of importance; computes nothing, because it is called before the process is forked."""
+    bars: Bars
+
+
+class Unfinished(Exception):
+    """A case that has done its share of this call and goes on in the next one; says how far it is."""

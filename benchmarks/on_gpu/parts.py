@@ -1,0 +1,142 @@
+"""The question that CPUs could not settle: do parts get better where the learner is trained, for as long as fits?
+
+Beside the default (k-means, no step) stand the same start trained on tokens, and the paper's literal form. All learn
+on every second image, without labels, and are scored on the truth of the others.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.on_gpu.against_cpu import SIZE, drawings
+from benchmarks.on_gpu.case import Bars, Bench, Case, Unfinished
+from benchmarks.on_gpu.timing import peak_memory, seconds_of
+from benchmarks.prepared import some_pictures
+from benchmarks.rounds import Row, exact
+from evaluate.part_scores import control_rows, score_labellers
+from evaluate.truth import TruthSet
+from partlearn.config import LearnConfig
+from partlearn.encoders import load_encoder
+from partlearn.label import Labeller
+from partlearn.learn import learn, new_learner, new_optimiser, train_step
+from partlearn.start import start
+from partlearn.view_tokens import Views
+from shards.atomic import read_json
+from shards.pictures import list_pictures
+from training import checkpoint
+from training.config import RunConfig
+
+BARS: Bars = {}
+METHODS: dict[str, dict[str, Any]] = {
+    "default, no step": {"steps": 0},
+    "k-means, then tokens": {"target": "features"},
+    "--paper": {"paper": True},
+}
+SHOWN = {"foreground_ap": "AP", "beyond_shortcut": "b1", "beyond_other": "b2", "nmi": "NMI", "speckle": "speckle"}
+FEWEST, MOST = 20, 20_000
+"""Steps of a training run."""
+SCORE_S, START_S = 0.08, 4.0
+"""Guesses: seconds to score an image, and to load and start."""
+
+
+def cases(bench: Bench) -> list[Case]:
+    trained = len(METHODS) - 1
+    share = {name: 1 / (trained - place) for place, name in enumerate(list(METHODS)[1:])}
+    return [
+        Case("controls", partial(_controls, bench), seconds=5),
+        *(Case(name, partial(_method, bench, name, share.get(name, 0.0)), seconds=15) for name in METHODS),
+    ]
+
+
+def halves(bench: Bench) -> tuple[Path, dict[str, Path]]:
+    """A list of the images to learn from, and of each folder the images to score beside their truth."""
+    learned, scored = [], {}
+    for folder in bench.photographs or (drawings(bench).folder,):
+        files = sorted(Path(picture.location).absolute() for picture in list_pictures(folder).pictures)
+        learned += files[0::2]
+        name = "/".join(folder.absolute().parts[-2:]) if bench.photographs else "drawn"
+        scored[name] = bench.out / "scored" / name
+        truth = "labels" if (folder / "labels").is_dir() else "masks"
+        for file in files[1::2]:
+            inside = file.relative_to(folder.absolute() / "images")
+            for one in (Path("images") / inside, Path(truth) / inside.with_suffix(".png")):
+                link = scored[name] / one
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(folder.absolute() / one)
+    listed = bench.out / "learned.txt"
+    listed.write_text("".join(f"{file}\n" for file in learned))
+    return listed, scored
+
+
+def config_of(bench: Bench, name: str, images: Path, steps: int) -> LearnConfig:
+    toy: dict[str, Any] = {"grid": 7, "batch_size": 4, "views": 1} if bench.rehearse else {}
+    run = RunConfig(out=bench.out / "parts" / name, device=bench.device, threads=bench.cores, checkpoint_minutes=0.25)
+    settings: dict[str, Any] = {"steps": steps} | METHODS[name] | toy
+    return LearnConfig(images=str(images), encoder=bench.encoder, run=run, **settings)
+
+
+def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
+    """Learn, and score; `share` of the time left is for the training."""
+    images, sets = halves(bench)
+    scoring = START_S + SCORE_S * sum(len(list_pictures(folder).pictures) for folder in sets.values())
+    config = config_of(bench, name, images, 1)
+    if config.updates:
+        if checkpoint.newest(config.run.out):  # an earlier call has begun it
+            steps = read_json(config.run.out / "config.json")["steps"]
+        else:
+            steps = _steps_that_fit(bench, config, share * bench.left() - scoring)
+        config = config_of(bench, name, images, steps)
+        yield exact("steps", steps, "steps", 1)
+    began = time.perf_counter()
+    learn(config)
+    yield exact("learning", time.perf_counter() - began, "s", 1)
+    yield from peak_memory(bench.device)
+    if bench.left() < scoring:
+        raise Unfinished("learned; its scores are left for the next call")
+    labeller = Labeller(config.run.out, device=torch.device(bench.device))
+    for set_, folder in sets.items():
+        rows = score_labellers([labeller], TruthSet(folder), size=SIZE, advance=lambda count: None)[0][0]
+        yield from _rows(set_, next(row for row in rows if row["view"] == "off centre"))
+
+
+def _rows(set_: str, scores: dict[str, Any]) -> Iterator[Row]:
+    for column, name in SHOWN.items():
+        if scores[column] is not None:
+            yield exact(f"{set_} {name}", scores[column], "", 1)
+
+
+def _steps_that_fit(bench: Bench, config: LearnConfig, seconds: float) -> int:
+    """How many updates `seconds` are enough for, by a look at the first ones on a few images."""
+    encoder = load_encoder(
+        config.encoder, grid=config.grid, block=config.encoder_block, device=torch.device(bench.device)
+    )
+    learner = new_learner(config, encoder).to(encoder.device)
+    optimizer = new_optimiser(learner, config)
+    few = some_pictures(config.images, config.batch_size)
+    views = Views(config, encoder, few)
+    start(learner, config, encoder, views)
+    with closing(views.batches(step=0)) as batches:
+        began = time.perf_counter()
+        next(batches)
+        encoding = (time.perf_counter() - began) / views.count
+        taken = seconds_of(
+            lambda: train_step(learner, optimizer, config, encoder, next(batches)), device=bench.device, seconds=1.0
+        )
+    step = sorted(taken)[len(taken) // 2]
+    whole = encoding * max(1, config.kept_views) * len(list_pictures(config.images).pictures)
+    return FEWEST if bench.rehearse else int(min(MOST, max(FEWEST, 0.85 * (seconds - whole) / step)))
+
+
+def _controls(bench: Bench) -> Iterator[Row]:
+    """What position and colour alone score on the same images."""
+    for set_, folder in halves(bench)[1].items():
+        grid = config_of(bench, "default, no step", folder, 0).grid
+        for row in control_rows(TruthSet(folder), size=SIZE, grid=grid, counts=(6,)):
+            if row["view"] == "off centre":
+                yield from _rows(f"{set_} {row['method']}", row)
