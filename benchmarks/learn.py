@@ -20,16 +20,19 @@ BARS = {"encoder_forward/step_fresh": ("<=", 1.7), "encoder_forward/step_cached"
 """Images a second over images a second: how many bare forwards a step takes."""
 
 
-def bench_learn(images: str, *, minutes: float, run: RunConfig) -> Report:
+def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID) -> Report:
     """Measure steps of `learn-parts --paper` with a target of 112 px: on fresh crops, and on tokens kept in memory.
+
+    Args:
+        grid: Cells a side; the bars are of the default.
 
     Raises:
         FileNotFoundError: There are no such pictures.
     """
     pictures = some_pictures(images, BATCH)
     device = pick_device(run.device)
-    encoder = load_encoder(ENCODER, grid=GRID, device=device, precision=run.precision)
-    config = LearnConfig(images=images, encoder=ENCODER, grid=GRID, paper=True, views=0, batch_size=BATCH, run=run)
+    encoder = load_encoder(ENCODER, grid=grid, device=device, precision=run.precision)
+    config = LearnConfig(images=images, encoder=ENCODER, grid=grid, paper=True, views=0, batch_size=BATCH, run=run)
     learner = new_learner(config, encoder).to(device)
     optimiser = new_optimiser(learner, config)
     views = Views(config, encoder, pictures)

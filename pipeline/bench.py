@@ -13,6 +13,9 @@ from rich.table import Table
 from benchmarks.extract import bench_extract
 from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
+from benchmarks.on_gpu.config import MINUTES as GPU_MINUTES
+from benchmarks.on_gpu.config import GpuConfig
+from benchmarks.on_gpu.measure import bench_gpu
 from benchmarks.rounds import Report, verdict
 from pipeline.config import BenchConfig
 from pipeline.creatures import write_creatures
@@ -22,38 +25,58 @@ from training.progress import Progress
 from training.run import git_state, package_versions
 
 DRAWN, DRAWN_SIDE = 256, 256
+MINUTES = 4.0
 
 
-def bench(config: BenchConfig) -> Report:
+def bench(config: BenchConfig) -> None:
     """Run the benchmark `config.name`; a bar that does not hold is said in the table and is no error.
 
-    `environment.json` in `config.out` says which machine, versions and commit the figures are of.
+    `environment.json` in the folder says which machine, versions and commit the figures are of.
 
     Raises:
         FileNotFoundError: There are no such pictures, or no such part learner.
+        BenchError: Of gpu: something could not be measured.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    images = config.images or _creatures(config.out / "creatures")
+    if config.name == "gpu":
+        _gpu(config)
+        return
+    out, minutes = config.out or Path("runs/bench"), config.minutes or MINUTES
+    out.mkdir(parents=True, exist_ok=True)
+    images = config.images or _creatures(out / "creatures")
     if config.name == "loader":
-        report = bench_loader(images, out=config.out, minutes=config.minutes, most=config.pictures)
+        report = bench_loader(images, out=out, minutes=minutes, most=config.pictures)
     elif config.name == "learn":
-        run = RunConfig(out=config.out, device=config.device, threads=config.threads)
-        report = bench_learn(images, minutes=config.minutes, run=run)
+        run = RunConfig(out=out, device=config.device, threads=config.threads)
+        report = bench_learn(images, minutes=minutes, run=run)
     else:
         report = bench_extract(
             images,
             parts=config.parts,
-            out=config.out,
-            minutes=config.minutes,
+            out=out,
+            minutes=minutes,
             most=config.pictures,
             build=config.build,
-            run=RunConfig(out=config.out, device=config.device, threads=config.threads),
+            run=RunConfig(out=out, device=config.device, threads=config.threads),
         )
     if config.json:
         write_json(config.json, [row.as_json() for row in report.rows])
-    write_json(config.out / "environment.json", _environment())
+    write_json(out / "environment.json", _environment())
     _print(config.name, report)
-    return report
+
+
+def _gpu(config: BenchConfig) -> None:
+    """What `python benchmarks/gpu.py` does, which needs none of this file's packages and prints its own table."""
+    bench_gpu(
+        GpuConfig(
+            out=config.out or Path("runs/gpu"),
+            photographs=config.photographs,
+            encoder=config.encoder,
+            data=config.data,
+            minutes=config.minutes or GPU_MINUTES,
+            json=config.json,
+            rehearse=config.rehearse,
+        )
+    )
 
 
 def _creatures(folder: Path) -> str:

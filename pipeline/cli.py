@@ -108,11 +108,12 @@ def probe(config: Annotated[ProbeConfig, Plain]) -> None:
 
 
 def bench(config: Annotated[BenchConfig, Plain]) -> None:
-    """Measure this machine: `loader`, `extract` or `learn`, interleaved rounds, medians and quartiles.
+    """Measure this machine: `loader`, `extract`, `learn` or `gpu`, medians and quartiles.
 
     Blocks of time that other processes disturbed are not counted. For example:
       semmae bench loader --images photos/
       semmae bench extract --images photos/ --parts runs/parts --json extract.json
+      semmae bench gpu --photographs people/val cars/val --out runs/gpu
     """
     from pipeline.bench import bench as measure
 

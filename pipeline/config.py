@@ -84,19 +84,28 @@ class ScorePartsConfig:
 class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 
-    name: Positional[Literal["loader", "extract", "learn"]]
+    name: Positional[Literal["loader", "extract", "learn", "gpu"]]
     """loader: pictures a second of the stream and of others; extract: share of labelling outside the models;
-    learn: a step of the part learner over the encoder's bare forward."""
+    learn: a step of the part learner over the encoder's bare forward; gpu: everything that a GPU is wanted for, in
+    nine minutes (benchmarks/README.md)."""
     images: str | None = None
     """Pictures; without them, procedural creatures are drawn into --out."""
     parts: Path | None = None
     """Run folder of a part learner (extract); an untrained one, for its speed alone, unless told."""
-    out: Path = Path("runs/bench")
-    """What is measured on goes there, and is reused."""
+    out: Path | None = None
+    """What is measured on goes there, and is reused. Default: runs/bench, and runs/gpu for gpu."""
     json: Path | None = None
     """Write the rows there as a JSON list."""
-    minutes: float = 4.0
-    """Time limit; a quiet machine is done sooner."""
+    minutes: float | None = None
+    """Time limit. Default: 4, of which a quiet machine takes less, and 8.8 for gpu."""
+    photographs: tuple[Path, ...] = ()
+    """Folders with truth (images/ beside labels/ or masks/) on which gpu learns and scores parts. Default: drawings."""
+    encoder: str | None = None
+    """Frozen encoder of those parts. Default: the one that comes with the project."""
+    data: str | None = None
+    """Shard set with classes for the masking study of gpu. Default: drawings."""
+    rehearse: bool = False
+    """Run everything of gpu at toy size, on a CPU."""
     pictures: int = 1024
     """At most so many of the pictures, evenly spaced."""
     build: int = 128
@@ -109,7 +118,7 @@ class BenchConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self):
-        if self.minutes <= 0:
+        if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes must be above 0, got {self.minutes}")
         if min(self.pictures, self.build, self.threads) < 1:
             raise ValueError(
@@ -117,6 +126,10 @@ class BenchConfig:
             )
         if self.parts and self.name != "extract":
             raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
+        if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):
+            raise ValueError(
+                f"--photographs, --encoder, --data and --rehearse belong to bench gpu, not to bench {self.name}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,10 @@ class Bench:
         """Seconds until then."""
         return self.ends - time.monotonic()
 
+    def measuring(self, seconds: float) -> float:
+        """How long to measure something: `seconds`, or a few calls in a rehearsal."""
+        return 0.0 if self.rehearse else seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Case:

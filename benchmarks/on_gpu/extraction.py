@@ -75,7 +75,7 @@ def _encoder(bench: Bench, batch: int) -> Iterator[Row]:
     labeller = labeller_of(bench)
     images = np.stack([stored.pixels for stored in load_images(bench)[0]])
     images = np.resize(images, (batch, *images.shape[1:]))
-    there, seconds = torch.from_numpy(images).to(bench.device), 0.2 if bench.rehearse else 1.5
+    there, seconds = torch.from_numpy(images).to(bench.device), bench.measuring(1.5)
     yield rate("encoder", batch, seconds_of(lambda: labeller.encoder(there), device=bench.device, seconds=seconds))
     yield rate("labeller", batch, seconds_of(lambda: labeller(images), device=bench.device, seconds=seconds))
 

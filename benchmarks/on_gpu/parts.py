@@ -130,7 +130,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, seconds: float) -> int:
         )
     step = sorted(taken)[len(taken) // 2]
     whole = encoding * max(1, config.kept_views) * len(list_pictures(config.images).pictures)
-    return FEWEST if bench.rehearse else int(min(MOST, max(FEWEST, 0.85 * (seconds - whole) / step)))
+    return 2 if bench.rehearse else int(min(MOST, max(FEWEST, 0.85 * (seconds - whole) / step)))
 
 
 def _controls(bench: Bench) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from benchmarks.on_gpu.ledger import Ledger, State
 
 SPOILT = 3
 """Exit status of a section whose device answers no more; the rest of its cases get a new process."""
-LEAST_S = 5.0
+LEAST_S = 1.0
 """A section is not begun with less time left."""
 GRACE_S = 1.0
 """A section that does not come to its end by itself is killed so long after it."""

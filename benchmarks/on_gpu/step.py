@@ -135,7 +135,7 @@ def _step(bench: Bench, model: str, batch: int, *, compiled: bool) -> Iterator[R
             on.step(ready)
             synchronize(bench.device)
             yield exact("compiling", time.perf_counter() - began, "s", 1)
-        seconds = 0.2 if bench.rehearse else 2.0
+        seconds = bench.measuring(2.0)
         alone = rate("gpu_alone", batch, seconds_of(lambda: on.step(ready), device=bench.device, seconds=seconds))
         yield alone
         flops = alone.value * step_flops(on.config, SIZE)
@@ -190,7 +190,7 @@ def _product(bench: Bench) -> Iterator[Row]:
 def _stream_alone(bench: Bench, batch: int) -> Iterator[Row]:
     """What the readers give to somebody who does nothing with it."""
     with bed(bench, "ViT-B/16", batch) as on:
-        seconds = 0.2 if bench.rehearse else 3.0
+        seconds = bench.measuring(3.0)
         yield rate("images", batch, seconds_of(lambda: next(on.batches), device="cpu", seconds=seconds))
         yield exact("threads", on.config.run.threads, "threads", 1)
         yield exact("simplejpeg", float(simplejpeg is not None), "1 there, 0 Pillow", 1)
@@ -204,7 +204,7 @@ def _masks(bench: Bench, batch: int) -> Iterator[Row]:
             one, side, groups = next(on.batches), on.model.side, on.shards.groups
             for where, device in (("host", torch.device("cpu")), ("device", on.device)):
                 mask = partial(mask_batch, one, on.config, side=side, groups=groups, alpha=ALPHA, device=device)
-                taken = seconds_of(mask, device=bench.device, seconds=0.1 if bench.rehearse else 0.4)
+                taken = seconds_of(mask, device=bench.device, seconds=bench.measuring(0.4))
                 each = [1e6 * seconds / batch for seconds in taken]
                 yield quartiles(f"patch_{on.config.patch}_on_{where}", "us/image", each)
 
@@ -217,7 +217,8 @@ def _kernels(on: Bed, ready: Masked) -> Iterator[Row]:
         for _ in range(steps):
             on.step(ready)
         synchronize(device)
-    spent = {event.key: _microseconds(event, device) for event in profile.key_averages()}
+    events = [event for event in profile.key_averages() if not event.is_user_annotation]  # those hold kernels
+    spent = {event.key: _microseconds(event, device) for event in events}
     whole = sum(spent.values())
     for place, name in enumerate(sorted(spent, key=lambda name: -spent[name])[:HEAVIEST], start=1):
         shown = " ".join(name.split())

@@ -64,7 +64,9 @@ def test_bench_extract_writes_its_rows_and_where_they_are_from(tmp_path):
 def test_bench_learn_counts_the_forwards_that_a_step_takes(tmp_path):
     photos = photographs(tmp_path / "photos", 4)
 
-    report = bench_learn(str(photos), minutes=0.001, run=RunConfig(out=tmp_path, device="cpu", precision="fp32"))
+    report = bench_learn(
+        str(photos), minutes=0.001, run=RunConfig(out=tmp_path, device="cpu", precision="fp32"), grid=7
+    )
 
     rows = {row.name: row.value for row in report.rows}
     assert set(report.bars) == {"encoder_forward/step_fresh", "encoder_forward/step_cached"}

@@ -1,0 +1,324 @@
+"""What benchmarks/gpu.py promises: it rehearses on any machine, loses one case at most, and continues."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference.mae_flops import forward_of_mae
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.on_gpu import verbs
+from benchmarks.on_gpu.against_cpu import relative_error
+from benchmarks.on_gpu.case import Bench, Case, Section
+from benchmarks.on_gpu.drawn import BODY, HEAD, KINDS, LEGS, TAIL, draw
+from benchmarks.on_gpu.flops import step_flops
+from benchmarks.on_gpu.ledger import Ledger
+from benchmarks.on_gpu.measure import _claim
+from benchmarks.on_gpu.report import as_json, as_markdown, as_text, reported
+from benchmarks.on_gpu.sections import SECTIONS
+from benchmarks.on_gpu.timing import seconds_of
+from benchmarks.rounds import Row, exact, verdict
+from pretrain.config import PretrainConfig, StreamRun
+from pretrain.mae import MAE
+from training.device import plain_attention_on_cpu
+
+ROOT = Path(__file__).parents[2]
+ABSENT = ("ray", "tyro", "webdataset", "beartype", "rich", "tensorboard", "simplejpeg", "moto")
+"""Packages that a machine with a card and no internet may lack."""
+
+
+def run(arguments: list[str], absent: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, filter(None, (absent, ROOT))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def absent(tmp_path_factory) -> Path:
+    """A folder in which every package that may be absent cannot be imported."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in ABSENT:
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is not installed here')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory, absent) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    script = str(ROOT / "benchmarks" / "gpu.py")
+    return out, run([script, "--rehearse", "--out", str(out), "--json", str(out / "rows.json")], absent)
+
+
+def test_the_rehearsal_measures_every_case_of_every_section_without_the_packages_it_may_not_need(rehearsal):
+    out, done = rehearsal
+
+    told = json.loads((out / "gpu.json").read_text())
+    states = {f"{case['section']}/{case['case']}": (case["state"], case["why"]) for case in told["cases"]}
+    assert done.returncode == 0, done.stderr
+    assert {section.name for section in SECTIONS} == {case["section"] for case in told["cases"]}
+    assert {state for state, _ in states.values()} == {"done"}, states
+    rows = {row["name"] for row in told["rows"]}
+    assert all(any(row.startswith(f"{case}/") for row in rows) for case in states)
+    assert json.loads((out / "rows.json").read_text()) == told["rows"]
+    assert all({"name", "value", "unit", "n", "low", "high"} <= set(row) for row in told["rows"])
+
+
+def test_on_a_cpu_nothing_differs_from_the_cpu_but_what_bf16_rounds(rehearsal):
+    rows = json.loads((rehearsal[0] / "gpu.json").read_text())["rows"]
+    held = [row | {"name": row["name"].rpartition("/")[2]} for row in rows if row["name"].startswith("verbs/")]
+
+    fp32 = [row for row in held if row["name"].endswith("error_fp32") or row["name"] == "one_rank_loss_error"]
+    bf16 = [row for row in held if row["name"].startswith("gradient_error_bf16")]
+    assert len(fp32) == 11
+    assert {row["value"] for row in fp32} == {0.0}
+    assert all(row["value"] > 0 for row in bf16)
+    assert {row["value"] for row in held if row["name"] == "resumed_error"} == {0.0}
+    seen = {row["name"] for row in held}
+    assert seen >= set(verbs.BARS)
+    for row in held:
+        said = verdict(Row(**{name: row[name] for name in ("name", "value", "unit", "n", "low", "high")}), verbs.BARS)
+        assert said in ("", "holds"), row
+
+
+def test_the_rows_of_a_step_are_of_one_loop_and_agree_with_each_other(rehearsal):
+    rows = {row["name"]: row["value"] for row in json.loads((rehearsal[0] / "gpu.json").read_text())["rows"]}
+
+    for case in ("ViT-B/16 eager, batch 4", "ViT-B/16 compiled, batch 8", "ViT-B/8 foreground quarter eager, batch 8"):
+        alone = rows[f"step/{case}/gpu_alone"]
+        assert rows[f"step/{case}/lost_to_feeding"] == pytest.approx(
+            1 - rows[f"step/{case}/with_stream_and_masks"] / alone
+        )
+        assert 0 < rows[f"step/{case}/waiting"] < 1
+    assert rows["step/ViT-B/16 compiled, batch 8/compiling"] > 0
+    assert sum("/kernel " in name for name in rows) == 20
+
+
+def test_the_tables_hold_every_row_and_say_where_they_are_from(rehearsal):
+    out, done = rehearsal
+    told, page = json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text()
+
+    for text in (done.stdout, page):
+        assert all(row["name"].rpartition("/")[2][:40] in text for row in told["rows"])
+        assert f"torch {torch.__version__.partition('+')[0]}" in text
+        assert "simplejpeg" in text
+        assert str(told["machine"]["commit"]) in text
+    assert "rehearsal" in page.splitlines()[0]
+
+
+def test_a_second_call_measures_nothing_and_prints_the_same(rehearsal, absent):
+    out, first = rehearsal
+    before = (out / "ledger.jsonl").read_bytes()
+
+    again = run([str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--out", str(out)], absent)
+
+    assert again.returncode == 0
+    assert (out / "ledger.jsonl").read_bytes() == before
+    assert again.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
+
+
+def test_without_a_card_or_a_folder_the_call_is_refused_in_a_sentence(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+
+    script = str(ROOT / "benchmarks" / "gpu.py")
+    no_card = run([script, "--out", str(tmp_path / "out")])
+    no_folder = run([script, "--rehearse", "--photographs", "nowhere", "--out", str(tmp_path / "out")])
+
+    assert (no_card.returncode, no_folder.returncode) == (2, 2)
+    assert no_card.stderr.strip().endswith("--rehearse runs everything at toy size on a CPU")
+    assert "no folder at nowhere" in no_folder.stderr
+    assert not (tmp_path / "out" / "drawn").exists()
+
+
+def test_what_fails_dies_or_hangs_loses_itself_alone_and_is_tried_again_last(tmp_path):
+    script = str(Path(__file__).parent / "stub_sections.py")
+    began = time.monotonic()
+    first = run([script, str(tmp_path), "--real"])
+    took = time.monotonic() - began
+    ledger = Ledger(tmp_path / "ledger.jsonl", "commit")
+    found = {
+        (section, name): (outcome.state, outcome.why, [row.name for row in outcome.rows])
+        for section in ("troubled", "hanging", "last")
+        for name, outcome in ledger.outcomes(section).items()
+    }
+
+    assert first.returncode == 0, first.stderr
+    assert found == {
+        ("troubled", "breaks"): ("failed", "ValueError: it broke", ["before"]),
+        ("troubled", "is too large"): ("does not fit", "tried to allocate 97 GB", ["fits"]),
+        ("troubled", "dies"): ("failed", "its process ended with status -11", ["last words"]),
+        ("troubled", "goes on"): ("unfinished", "1 of 4", ["stretch"]),
+        ("troubled", "fine"): ("done", "", ["one"]),
+        ("hanging", "hangs"): ("cut", "", []),
+        ("last", "fine"): ("done", "", ["one"]),
+    }
+    assert "it broke\non two lines" in first.stderr
+    assert took < 60
+    assert (
+        not Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline").exists()
+        or b"sleep" not in Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline").read_bytes()
+    )
+    troubled = [Case(name, list, 0) for name in ("breaks", "dies", "goes on", "fine", "takes long")]
+    hanging = [Case(name, list, 0) for name in ("hangs", "fine")]
+    assert [case.name for case in ledger.waiting("troubled", troubled)] == ["takes long", "breaks", "dies", "goes on"]
+    assert [case.name for case in ledger.waiting("hanging", hanging)] == ["fine", "hangs"]
+
+
+def test_a_kill_of_the_one_who_watches_ends_the_section_at_its_bound(tmp_path):
+    script = str(Path(__file__).parent / "stub_sections.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    watcher = subprocess.Popen([sys.executable, script, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "child").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    measuring = _child_of(watcher.pid)
+
+    watcher.kill()
+    watcher.wait()
+
+    ends = time.monotonic() + 20
+    while _lives(measuring) and time.monotonic() < ends:
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "child").read_text()), 9)
+    assert not _lives(measuring)
+
+
+def _child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_line_that_a_kill_cut_short_is_not_read_and_not_added_to(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl", "commit")
+    ledger.begin("step", "one")
+    ledger.row("step", "one", exact("rate", 5.0, "images/s", 1))
+    with open(ledger.path, "a") as file:
+        file.write('{"section": "step", "case": "one", "ev')
+
+    cut = ledger.outcomes("step")["one"]
+    ledger.end("step", "one", "done")
+
+    assert (cut.state, [row.value for row in cut.rows]) == ("cut", [5.0])
+    assert ledger.outcomes("step")["one"].state == "done"
+
+
+def test_a_new_try_of_a_case_drops_the_rows_of_the_one_before(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl", "commit")
+    for value in (1.0, 2.0):
+        ledger.begin("step", "one")
+        ledger.row("step", "one", exact("rate", value, "images/s", 1))
+        ledger.end("step", "one", "done")
+
+    assert [row.value for row in ledger.outcomes("step")["one"].rows] == [2.0]
+
+
+def test_a_report_says_of_every_case_how_it_ended_and_of_every_row_whether_its_bar_holds(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl", "abc")
+    cases = [Case(name, list) for name in ("good", "large", "unseen")]
+    section = Section("step", 1.0, lambda bench: cases, {"share": (">=", 0.36)})
+    for name, state, why in (("good", "done", ""), ("large", "does not fit", "tried to allocate 97 GB")):
+        ledger.begin("step", name)
+        ledger.row("step", name, exact("share", 0.4 if name == "good" else 0.3, "share", 7))
+        ledger.end("step", name, state, why)
+
+    one = reported(section, cases, ledger, held=True)
+
+    text, page = as_text("heading", [one]), as_markdown("heading", [one])
+    for shown in (text, page):
+        assert "does not fit: tried to allocate 97 GB" in shown
+        assert "not reached" in shown
+    assert [row["verdict"] for row in as_json({}, [one])["rows"]] == ["holds", "fails"]
+    assert {row["verdict"] for row in as_json({}, [reported(section, cases, ledger, held=False)])["rows"]} == {""}
+    assert [case["commit"] for case in as_json({}, [one])["cases"]] == ["abc", "abc", ""]
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {8}
+
+
+def test_a_folder_of_another_card_is_refused(tmp_path):
+    _claim(tmp_path / "settings.json", {"card": "NVIDIA H100 80GB HBM3", "rehearse": False})
+
+    _claim(tmp_path / "settings.json", {"card": "NVIDIA H100 80GB HBM3", "rehearse": False})
+    with pytest.raises(ValueError, match="card was 'NVIDIA H100 80GB HBM3', now 'NVIDIA H200'"):
+        _claim(tmp_path / "settings.json", {"card": "NVIDIA H200", "rehearse": False})
+
+
+def test_an_error_on_the_device_shows_in_its_row():
+    def stepped(device: torch.device, precision: str) -> tuple[float, torch.Tensor]:
+        off = {"fp32": 0.0, "bf16": 0.5}[precision] * (device.type == "meta")
+        return 2.0 * (1 + off), torch.tensor([3.0, 4.0]) * (1 + 2 * off)
+
+    bench = Bench(Path(), "meta", True, (), "small", None, 1, 0.0)  # type: ignore[arg-type]
+    rows = {row.name: row.value for row in verbs._against_cpu(bench, stepped)}
+
+    assert rows == pytest.approx(
+        {"loss_error_fp32": 0, "gradient_error_fp32": 0, "loss_error_bf16": 0.5, "gradient_error_bf16": 1.0}
+    )
+    assert np.isnan(relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2)))
+    assert relative_error(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])) == pytest.approx(5**0.5)
+
+
+def pretraining(**changes) -> PretrainConfig:
+    return PretrainConfig(data="", run=StreamRun(out=Path()), **changes)
+
+
+def test_a_step_of_vit_b_takes_58_7_gflop_an_image():
+    assert step_flops(pretraining(), 224) / 1e9 == pytest.approx(58.7, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embed_dim": 64, "depth": 2, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+        {
+            "embed_dim": 48,
+            "depth": 1,
+            "heads": 3,
+            "decoder_dim": 16,
+            "decoder_depth": 3,
+            "decoder_heads": 2,
+            "patch": 32,
+        },
+    ],
+)
+def test_the_formula_counts_what_a_counter_counts_in_maes_own_forward(changes):
+    config = pretraining(**changes)
+    model = MAE(size=224, **{"patch": config.patch} | changes)
+    plain_attention_on_cpu(model, torch.device("cpu"))
+
+    with FlopCounterMode(display=False) as counter:
+        forward_of_mae(model, torch.zeros(1, 3, 224, 224), mask_ratio=config.mask_ratio)
+
+    assert step_flops(config, 224) == 3 * counter.get_total_flops()
+
+
+def test_blocks_share_the_time_and_are_of_single_calls():
+    calls = []
+
+    taken = seconds_of(lambda: calls.append(time.sleep(0.002)), device="cpu", seconds=0.1)
+
+    assert len(taken) == 7
+    assert all(0.002 <= seconds < 0.02 for seconds in taken)
+    assert len(calls) >= 11
+
+
+def test_drawings_are_functions_of_their_number_and_have_every_part():
+    for number in range(2 * KINDS):
+        (image, labels), (again, _) = draw(number), draw(number)
+
+        assert np.array_equal(np.asarray(image), np.asarray(again))
+        assert set(np.unique(np.asarray(labels))) == {0, BODY, HEAD, LEGS, TAIL}
+        assert image.size == labels.size
