@@ -119,7 +119,7 @@ def bed(bench: Bench, model: str, batch: int, *, compiled: bool = False) -> Iter
         stepped: Any = mae
         if compiled:
             torch._dynamo.reset()  # or the eighth model would be one too many
-            backend = "aot_eager" if bench.rehearse else "inductor"
+            backend = "eager" if bench.rehearse else "inductor"
             stepped = torch.compile(mae, fullgraph=True, dynamic=False, backend=backend)
         stream = Stream(shards, batch_size=batch, seed=config.seed, flip=config.flip, threads=config.run.threads)
         with closing(iter(stream)) as batches:

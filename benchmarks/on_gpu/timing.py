@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.rounds import Row
 
-BLOCKS = 7
-"""Blocks of a measurement; median and quartiles are theirs."""
+WARM_UP, BLOCKS = 3, 7
+"""Calls before a measurement, and its blocks; median and quartiles are theirs."""
 
 
 def synchronize(device: str) -> None:
@@ -18,9 +18,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(work: Callable[[], object], *, device: str, seconds: float, warm_up: int = 3) -> list[float]:
-    """Seconds that a call of `work` takes: one figure for each of BLOCKS blocks, which share about `seconds`."""
-    for _ in range(warm_up):
+def seconds_of(work: Callable[[], object], *, device: str, seconds: float) -> list[float]:
+    """Seconds that a call of `work` takes: one figure for each of BLOCKS blocks, which share about `seconds`. Without
+    any seconds (a rehearsal), of two calls."""
+    if not seconds:
+        return [_block(work, 1, device) for _ in range(2)]
+    for _ in range(WARM_UP):
         work()
     synchronize(device)
     began = time.perf_counter()

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from reference.mae_flops import forward_of_mae
+from torch._dynamo import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.on_gpu import verbs
-from benchmarks.on_gpu.against_cpu import relative_error
-from benchmarks.on_gpu.case import Bench, Case, Section
+from benchmarks.on_gpu import against_cpu, parts, step, study, verbs
+from benchmarks.on_gpu.against_cpu import CPU, relative_error
+from benchmarks.on_gpu.case import Bench, Case, Section, Unfinished
 from benchmarks.on_gpu.drawn import BODY, HEAD, KINDS, LEGS, TAIL, draw
 from benchmarks.on_gpu.flops import step_flops
 from benchmarks.on_gpu.ledger import Ledger
@@ -271,6 +272,86 @@ def test_an_error_on_the_device_shows_in_its_row():
     assert relative_error(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])) == pytest.approx(5**0.5)
 
 
+def real(rehearsal, **changes) -> Bench:
+    """A bench of real size, on the drawings of the rehearsal."""
+    settings = {
+        "out": rehearsal[0], "device": "cpu", "rehearse": False, "photographs": (), "encoder": "small", "data": None,
+        "cores": 3, "ends": 0.0,
+    }  # fmt: skip
+    return Bench(**(settings | changes))
+
+
+def test_the_step_that_is_measured_is_the_one_that_its_name_says(rehearsal):
+    def sizes(model: str) -> tuple[int, float, int, int, int]:
+        config = step.config_of(real(rehearsal), model, 512)
+        assert (config.masking, config.batch_size, config.run.precision, config.run.threads) == (
+            "semmae",
+            512,
+            "bf16",
+            3,
+        )
+        return config.patch, config.keep_share, config.embed_dim, config.depth, config.decoder_depth
+
+    assert sizes("ViT-B/16") == (16, 1.0, 768, 12, 8)
+    assert sizes("ViT-B/8 foreground quarter") == (8, 0.25, 768, 12, 8)
+    assert sizes("ViT-L/16") == (16, 1.0, 1024, 24, 8)
+    named = [case.name for case in step.cases(real(rehearsal))]
+    assert {
+        f"ViT-B/16 {how}, batch {batch}" for how in ("eager", "compiled") for batch in (256, 512, 1024, 2048)
+    } < set(named)
+    with step.bed(real(rehearsal, rehearse=True), "ViT-B/16", 4, compiled=True) as on:
+        assert isinstance(on.stepped, OptimizedModule)
+
+
+def test_masks_are_computed_where_and_as_they_are_asked_for(rehearsal):
+    bench = real(rehearsal, rehearse=True)
+    config = against_cpu.pretrain_config(bench, bench.out)
+
+    inside, whole = (against_cpu.masked_batch(bench, config, CPU, alpha).mask for alpha in (0.0, 1.0))
+
+    assert (inside != whole).any()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        against_cpu.masked_batch(bench, config, torch.device("meta"))
+
+
+def test_parts_are_learned_by_every_method_on_images_that_are_not_scored(rehearsal, tmp_path):
+    bench = real(rehearsal, out=tmp_path, photographs=(rehearsal[0] / "drawn",), encoder="random:other")
+
+    images, sets = parts.halves(bench)
+
+    learned = {Path(line).name for line in images.read_text().splitlines()}
+    (scored,) = ({file.name for file in folder.glob("images/*/*")} for folder in sets.values())
+    assert (len(learned), len(scored), len(learned & scored)) == (8, 8, 0)
+    assert list(sets) == ["out/drawn"]
+    assert all(link.resolve().is_file() for folder in sets.values() for link in folder.glob("labels/*/*"))
+    told = {name: parts.config_of(bench, name, images, 50) for name in parts.METHODS}
+    assert {config.encoder for config in told.values()} == {"random:other"}
+    default, tokens, paper = told.values()
+    assert (default.updates, default.init, default.paper) == (0, "kmeans", False)
+    assert (tokens.updates, tokens.init, tokens.target, tokens.paper) == (50, "kmeans", "features", False)
+    assert (paper.updates, paper.init, paper.target, paper.paper) == (50, "heads", "pixels", True)
+    learns = [against_cpu.learn_config(bench, tmp_path, paper=paper) for paper in (False, True)]
+    assert [config.paper for config in learns] == [False, True]
+
+
+def test_a_study_compares_runs_of_one_seed_that_differ_in_their_masking(rehearsal, tmp_path):
+    bench = real(rehearsal, out=tmp_path, data=str(rehearsal[0] / "drawn-shards-224"))
+    runs = {(masking, seed): study.config_of(bench, masking, seed) for masking in study.MASKINGS for seed in (0, 1)}
+    for (masking, seed), config in runs.items():
+        assert (config.masking, config.seed, config.data) == (masking, seed, bench.data)
+        assert config.epochs * 16 == study.STEPS * study.BATCH
+        config.run.out.mkdir(parents=True)
+        value = {"random": 10.0, "semmae": 13.0 + 2 * seed}[masking]
+        (config.run.out / "results.jsonl").write_text(json.dumps({"metric": "top1", "value": value}) + "\n")
+
+    with pytest.raises(Unfinished, match="4 runs are not finished"):
+        list(study._compared(bench, (0, 1)))
+    for config in runs.values():
+        (config.run.out / "DONE.json").write_text("{}")
+
+    assert [row.value for row in study._compared(bench, (0, 1))] == pytest.approx([4.0, 1.0])
+
+
 def pretraining(**changes) -> PretrainConfig:
     return PretrainConfig(data="", run=StreamRun(out=Path()), **changes)
 
@@ -313,6 +394,7 @@ def test_blocks_share_the_time_and_are_of_single_calls():
     assert len(taken) == 7
     assert all(0.002 <= seconds < 0.02 for seconds in taken)
     assert len(calls) >= 11
+    assert len(seconds_of(list, device="cpu", seconds=0.0)) == 2
 
 
 def test_drawings_are_functions_of_their_number_and_have_every_part():
