@@ -118,12 +118,14 @@ def bed(bench: Bench, model: str, batch: int, *, compiled: bool = False) -> Iter
         plain_attention_on_cpu(mae, device)
         stepped: Any = mae
         if compiled:
-            torch._dynamo.reset()  # or the eighth model would be one too many
             backend = "eager" if bench.rehearse else "inductor"
             stepped = torch.compile(mae, fullgraph=True, dynamic=False, backend=backend)
         stream = Stream(shards, batch_size=batch, seed=config.seed, flip=config.flip, threads=config.run.threads)
-        with closing(iter(stream)) as batches:
-            yield Bed(config, shards, device, mae, stepped, new_optimizer(mae, config), batches)
+        try:
+            with closing(iter(stream)) as batches:
+                yield Bed(config, shards, device, mae, stepped, new_optimizer(mae, config), batches)
+        finally:
+            torch._dynamo.reset()  # it keeps what it compiled, and allows eight forms of one function
 
 
 def _step(bench: Bench, model: str, batch: int, *, compiled: bool) -> Iterator[Row]:
@@ -220,6 +222,8 @@ def _kernels(on: Bed, ready: Masked) -> Iterator[Row]:
     events = [event for event in profile.key_averages() if not event.is_user_annotation]  # those hold kernels
     spent = {event.key: _microseconds(event, device) for event in events}
     whole = sum(spent.values())
+    if not whole:
+        raise RuntimeError("the profiler saw no kernel: CUPTI is missing or refused here")
     for place, name in enumerate(sorted(spent, key=lambda name: -spent[name])[:HEAVIEST], start=1):
         shown = " ".join(name.split())
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."

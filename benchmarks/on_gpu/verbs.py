@@ -75,7 +75,9 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def _against_cpu(bench: Bench, stepped: Callable[[torch.device, str], Stepped]) -> Iterator[Row]:
-    """Relative errors of loss and gradients on the device, in fp32 and in bf16."""
+    """Relative errors of loss and gradients on the device, in fp32 and in bf16. cuDNN's convolutions, which compute
+    fp32 in TF32 unless told, are told."""
+    torch.backends.cudnn.allow_tf32 = False
     loss, gradients = stepped(CPU, "fp32")
     for precision in ("fp32", "bf16"):
         their_loss, their_gradients = stepped(torch.device(bench.device), precision)
