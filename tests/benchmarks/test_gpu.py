@@ -193,7 +193,7 @@ def test_what_fails_dies_or_hangs_loses_itself_alone_and_is_tried_again_last(run
     assert not _lives(int((folder / "child").read_text()))
     times = {name: ledger.outcomes(name)["fine" if name == "last" else "hangs"].began for name in ("hanging", "last")}
     assert times["last"] - times["hanging"] < 20
-    troubled = [Case(name, list, 0) for name in ("breaks", "dies", "goes on", "fine", "takes long")]
+    troubled = [Case(name, list, 0) for name in ("breaks", "is too large", "dies", "goes on", "fine", "takes long")]
     hanging = [Case(name, list, 0) for name in ("hangs", "fine")]
     assert [case.name for case in ledger.waiting("troubled", troubled)] == ["takes long", "breaks", "dies", "goes on"]
     assert [case.name for case in ledger.waiting("hanging", hanging)] == ["fine", "hangs"]
