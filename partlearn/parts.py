@@ -62,10 +62,10 @@ class PartAttention(nn.Module):
 
     def start_at_random(self, generator: torch.Generator) -> None:
         """Xavier-uniform projections, another draw for every part: equal maps would stay equal (Eq. 6 has no
-        gradient there)."""
+        gradient there). Drawn on the CPU, whose generator no other device takes."""
         for weight in (self.gate_in, self.query, self.key):
             for part in weight.data:
-                nn.init.xavier_uniform_(part, generator=generator)
+                part.copy_(nn.init.xavier_uniform_(torch.empty(part.shape), generator=generator))
 
     def start_at_heads(self, attn: Any, generator: torch.Generator) -> None:
         """Projections of an encoder block's attention heads: maps then equal its class attention, renormalised

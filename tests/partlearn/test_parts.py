@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.encoders import load_encoder
@@ -36,6 +37,28 @@ def test_maps_that_start_at_the_heads_are_the_encoders_class_attention():
 
     expected = tokens.class_attention / tokens.class_attention.sum(-1, keepdim=True)
     assert torch.allclose(maps, expected, atol=1e-5)
+
+
+class NoForeignGenerator(TorchFunctionMode):
+    """Refuses what CUDA refuses: a generator of another device than the tensor that is filled."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        generator = (kwargs or {}).get("generator")
+        if generator is not None and args and isinstance(args[0], torch.Tensor):
+            assert args[0].device.type == generator.device.type
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_start_draws_on_the_cpu_wherever_the_learner_is():
+    """Else `learn-parts` ends with an error on every GPU as soon as it takes a step."""
+    encoder = load_encoder("random:vit_tiny_patch16_224", size=32, precision="fp32")
+    attention = PartAttention(encoder.dim, encoder.dim, 4, encoder.dim // encoder.heads).to("meta")
+    generator = torch.Generator().manual_seed(0)
+
+    with NoForeignGenerator():
+        attention.start_at_random(generator)
+        attention.start_at_heads(encoder.model.blocks[-1].attn, generator)
+        attention.start_at_prototypes(torch.zeros(4, encoder.dim), 1.0, generator)
 
 
 def test_more_parts_than_heads_start_different():
