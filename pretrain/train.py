@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -161,14 +162,21 @@ def train_step(
         model: An `MAE`, or what wraps one (DistributedDataParallel, torch.compile).
         masked: On the CPU or on the device.
     """
-    pixels = masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-    images = (pixels - pixels.new_tensor(MEAN).reshape(3, 1, 1)) / pixels.new_tensor(STD).reshape(3, 1, 1)
+    mean, std = _mean_and_std(device)
+    images = (masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
         loss = model(images, masked.ids_visible.to(device), masked.ids_hidden.to(device))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the device, once: to bring them there in every step would let the host wait for it."""
+    mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (MEAN, STD))
+    return mean, std
 
 
 def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
