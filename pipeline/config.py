@@ -97,7 +97,7 @@ class BenchConfig:
     json: Path | None = None
     """Write the rows there as a JSON list."""
     minutes: float | None = None
-    """Time limit. Default: 4, of which a quiet machine takes less, and 8.8 for gpu."""
+    """Time limit. Default: 4, of which a quiet machine takes less, and 8.4 for gpu."""
     photographs: tuple[Path, ...] = ()
     """Folders with truth (images/ beside labels/ or masks/) on which gpu learns and scores parts. Default: drawings."""
     encoder: str | None = None
@@ -126,6 +126,8 @@ class BenchConfig:
             )
         if self.parts and self.name != "extract":
             raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
+        if self.name == "gpu" and self.images:
+            raise ValueError("bench gpu draws its own images; folders with truth are --photographs, shards are --data")
         if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):
             raise ValueError(
                 f"--photographs, --encoder, --data and --rehearse belong to bench gpu, not to bench {self.name}"

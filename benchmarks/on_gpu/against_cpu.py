@@ -102,6 +102,7 @@ def learn_parts_step(bench: Bench, device: torch.device, precision: str, *, pape
     encoder = load_encoder(ENCODER, grid=config.grid, device=device, precision=precision)
     learner = new_learner(config, encoder)
     learner.load_state_dict(_started(bench, paper).state_dict())
+    learner.attention.prototypes.requires_grad_(not paper)
     learner.to(device)
     pixels = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
     loss = learn_step(learner, new_optimiser(learner, config), config, encoder, View(pixels, encoder(pixels)))[0]

@@ -35,6 +35,11 @@ class Bench:
         """Seconds until then."""
         return self.ends - time.monotonic()
 
+    @property
+    def scratch(self) -> Path:
+        """For what a case throws away; emptied at the start of a call."""
+        return self.out / "scratch"
+
     def measuring(self, seconds: float) -> float:
         """How long to measure something: `seconds`, or a few calls in a rehearsal."""
         return 0.0 if self.rehearse else seconds

@@ -86,7 +86,7 @@ def _shards(bench: Bench, batch: int) -> Iterator[Row]:
     _, loading = load_images(bench)
     rates, shares = [], []
     for _ in range(1 if bench.rehearse else 3):
-        with tempfile.TemporaryDirectory(dir=bench.out) as folder:
+        with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
             config = config_of(bench, batch, Path(folder))
             labeller.seconds, began = 0.0, time.perf_counter()
             told = build_shard(0, source=source_of(config), labeller=labeller, config=config, plan_digest="bench")

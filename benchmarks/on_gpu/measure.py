@@ -1,6 +1,7 @@
 """All sections, one after the other, and the tables of what they found."""
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from benchmarks.on_gpu.against_cpu import drawings
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.config import MINUTES, BenchError, GpuConfig
 from benchmarks.on_gpu.ledger import Ledger
-from benchmarks.on_gpu.machine import describe
+from benchmarks.on_gpu.machine import NOMINAL, describe
 from benchmarks.on_gpu.report import as_json, as_markdown, as_text, reported
 from benchmarks.on_gpu.run import in_a_process, run_section
 from benchmarks.on_gpu.sections import SECTIONS
@@ -33,8 +34,8 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
         BenchError: A case failed, or the drawings cannot be made; what was measured is kept.
     """
     ends = time.monotonic() + 60 * config.minutes
-
-    config.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(config.out / "scratch", ignore_errors=True)
+    (config.out / "scratch").mkdir(parents=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((config.out / "inductor").absolute()))
     bench = Bench(
         out=config.out,
@@ -48,7 +49,7 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
     )
     machine = _prepared(config, bench)
     heading = _heading(config, machine)
-    ledger = Ledger(config.out / "ledger.jsonl", str(machine["commit"]))
+    ledger = Ledger(config.out / "ledger.jsonl", machine["commit"])
 
     def report() -> list:
         told = [reported(one, one.cases(bench), ledger, held=not config.rehearse) for one in SECTIONS]
@@ -73,7 +74,7 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
     return found
 
 
-def _prepared(config: GpuConfig, bench: Any) -> dict[str, Any]:
+def _prepared(config: GpuConfig, bench: Bench) -> dict[str, Any]:
     """The machine, told by a process of its own, because no other may touch the GPU before it is forked; the drawings
     are made there too."""
 
@@ -90,9 +91,16 @@ def _prepared(config: GpuConfig, bench: Any) -> dict[str, Any]:
     if machine["card"] is None and not config.rehearse:
         raise ValueError("torch finds no CUDA device here; --rehearse runs everything at toy size on a CPU")
     git = git_state()
-    machine |= {"commit": config.commit or git["commit"], "dirty": git["dirty"], "time": _now(), "command": sys.argv}
+    machine |= {
+        "commit": config.commit or git["commit"] or "unknown",
+        "dirty": git["dirty"],
+        "time": _now(),
+        "command": sys.argv,
+    }
     settings = {
         "card": machine["card"],
+        "driver": machine.get("driver"),
+        "torch": machine["versions"]["torch"],
         "rehearse": config.rehearse,
         "photographs": [str(folder.absolute()) for folder in config.photographs],
         "encoder": bench.encoder,
@@ -105,7 +113,6 @@ def _prepared(config: GpuConfig, bench: Any) -> dict[str, Any]:
 
 def _claim(path: Path, ours: dict[str, Any]) -> None:
     """A folder's figures are of one machine and of one choice of what is measured."""
-
     theirs = read_json(path) if path.is_file() else ours
     differing = [
         f"{name} was {theirs.get(name)!r}, now {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
@@ -119,6 +126,8 @@ def _heading(config: GpuConfig, machine: dict[str, Any]) -> str:
     """Everything that a table must carry, on one line."""
     versions = machine["versions"]
     card = f"{machine['card']}, {machine['memory_gb']} GB, driver {machine['driver']}" if machine["card"] else "CPU"
+    if machine["card"] not in (None, *NOMINAL):
+        card += ", nominal rate unknown"
     commit = f"{machine['commit']}{' with changes' if machine['dirty'] else ''}"
     return (
         f"{machine['time'][:10]}: {'rehearsal on a ' if config.rehearse else ''}{card}, {machine['cores']} cores, "

@@ -1,7 +1,8 @@
 """The question that CPUs could not settle: do parts get better where the learner is trained, for as long as fits?
 
-Beside the default (k-means, no step) stand the same start trained on tokens, and the paper's literal form. All learn
-on every second image, without labels, and are scored on the truth of the others.
+Beside the default (k-means, no step) stand the same start trained on tokens, and the paper's literal form. None sees a
+label. A folder is scored by its truth; learned from is the folder `train` beside it where there is one, and else every
+second image, and the others are scored.
 """
 
 import time
@@ -28,7 +29,6 @@ from partlearn.start import start
 from partlearn.view_tokens import Views
 from shards.atomic import read_json
 from shards.pictures import list_pictures
-from training import checkpoint
 from training.config import RunConfig
 
 BARS: Bars = {}
@@ -38,8 +38,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "--paper": {"paper": True},
 }
 SHOWN = {"foreground_ap": "AP", "beyond_shortcut": "b1", "beyond_other": "b2", "nmi": "NMI", "speckle": "speckle"}
-FEWEST, MOST = 20, 20_000
-"""Steps of a training run."""
+FEWEST, MOST = 200, 20_000
+"""Steps of a training run; of fewer nothing could be concluded."""
+SCORED = 100
+"""Most images of a folder that are scored, evenly spaced."""
 SCORE_S, START_S = 0.08, 4.0
 """Guesses: seconds to score an image, and to load and start."""
 
@@ -57,21 +59,28 @@ def halves(bench: Bench) -> tuple[Path, dict[str, Path]]:
     """A list of the images to learn from, and of each folder the images to score beside their truth."""
     learned, scored = [], {}
     for folder in bench.photographs or (drawings(bench).folder,):
-        files = sorted(Path(picture.location).absolute() for picture in list_pictures(folder).pictures)
-        learned += files[0::2]
-        name = "/".join(folder.absolute().parts[-2:]) if bench.photographs else "drawn"
+        folder, files = folder.absolute(), images_in(folder)
+        train = folder.parent / "train"
+        apart = train != folder and (train / "images").is_dir()
+        learned += images_in(train) if apart else files[0::2]
+        others = files if apart else files[1::2]
+        name = "/".join(folder.parts[-2:]) if bench.photographs else "drawn"
         scored[name] = bench.out / "scored" / name
         truth = "labels" if (folder / "labels").is_dir() else "masks"
-        for file in files[1::2]:
-            inside = file.relative_to(folder.absolute() / "images")
+        for file in others[:: -(-len(others) // SCORED)]:
+            inside = file.relative_to(folder / "images")
             for one in (Path("images") / inside, Path(truth) / inside.with_suffix(".png")):
                 link = scored[name] / one
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(folder.absolute() / one)
+                link.symlink_to(folder / one)
     listed = bench.out / "learned.txt"
     listed.write_text("".join(f"{file}\n" for file in learned))
     return listed, scored
+
+
+def images_in(folder: Path) -> list[Path]:
+    return sorted(Path(picture.location).absolute() for picture in list_pictures(folder).pictures)
 
 
 def config_of(bench: Bench, name: str, images: Path, steps: int) -> LearnConfig:
@@ -87,56 +96,67 @@ def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
     scoring = START_S + SCORE_S * sum(len(list_pictures(folder).pictures) for folder in sets.values())
     config = config_of(bench, name, images, 1)
     if config.updates:
-        if checkpoint.newest(config.run.out):  # an earlier call has begun it
-            steps = read_json(config.run.out / "config.json")["steps"]
-        else:
-            steps = _steps_that_fit(bench, config, share * bench.left() - scoring)
+        begun = config.run.out / "config.json"  # by an earlier call: a folder belongs to one config
+        steps = read_json(begun)["steps"] if begun.is_file() else _steps_that_fit(bench, config, share, scoring)
         config = config_of(bench, name, images, steps)
         yield exact("steps", steps, "steps", 1)
     began = time.perf_counter()
     learn(config)
-    yield exact("learning", time.perf_counter() - began, "s", 1)
+    yield exact("learning, this call", time.perf_counter() - began, "s", 1)
     yield from peak_memory(bench.device)
     if bench.left() < scoring:
         raise Unfinished("learned; its scores are left for the next call")
     labeller = Labeller(config.run.out, device=torch.device(bench.device))
     for set_, folder in sets.items():
-        rows = score_labellers([labeller], TruthSet(folder), size=SIZE, advance=lambda count: None)[0][0]
-        yield from _rows(set_, next(row for row in rows if row["view"] == "off centre"))
+        truths = TruthSet(folder)
+        rows = score_labellers([labeller], truths, size=SIZE, advance=lambda count: None)[0][0]
+        seen = next(row for row in rows if row["view"] == "off centre")
+        yield from _rows(set_, seen, len(truths.pictures))
 
 
-def _rows(set_: str, scores: dict[str, Any]) -> Iterator[Row]:
-    for column, name in SHOWN.items():
+def _rows(name: str, scores: dict[str, Any], images: int) -> Iterator[Row]:
+    for column, shown in SHOWN.items():
         if scores[column] is not None:
-            yield exact(f"{set_} {name}", scores[column], "", 1)
+            yield exact(f"{name} {shown}", scores[column], "", images)
 
 
-def _steps_that_fit(bench: Bench, config: LearnConfig, seconds: float) -> int:
-    """How many updates `seconds` are enough for, by a look at the first ones on a few images."""
+def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: float) -> int:
+    """How many updates fit into a share of the time left, less scoring: by a look at the first ones on a few images.
+
+    Raises:
+        Unfinished: Too few to conclude anything from.
+    """
     encoder = load_encoder(
         config.encoder, grid=config.grid, block=config.encoder_block, device=torch.device(bench.device)
     )
     learner = new_learner(config, encoder).to(encoder.device)
     optimizer = new_optimiser(learner, config)
-    few = some_pictures(config.images, config.batch_size)
-    views = Views(config, encoder, few)
+    views = Views(config, encoder, some_pictures(config.images, config.batch_size))
+    began = time.perf_counter()
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
-        began = time.perf_counter()
         next(batches)
-        encoding = (time.perf_counter() - began) / views.count
+        encoding = (time.perf_counter() - began) / views.count  # k-means and first-time costs with it
         taken = seconds_of(
-            lambda: train_step(learner, optimizer, config, encoder, next(batches)), device=bench.device, seconds=1.0
+            lambda: train_step(learner, optimizer, config, encoder, next(batches)),
+            device=bench.device,
+            seconds=bench.measuring(1.0),
         )
     step = sorted(taken)[len(taken) // 2]
     whole = encoding * max(1, config.kept_views) * len(list_pictures(config.images).pictures)
-    return 2 if bench.rehearse else int(min(MOST, max(FEWEST, 0.85 * (seconds - whole) / step)))
+    fit = int(0.85 * (share * bench.left() - scoring - whole) / step)
+    if bench.rehearse:
+        return 2
+    if fit < FEWEST:
+        raise Unfinished(f"{max(0, fit)} steps fit, and {FEWEST} are needed; give it more --minutes")
+    return min(MOST, fit)
 
 
 def _controls(bench: Bench) -> Iterator[Row]:
     """What position and colour alone score on the same images."""
     for set_, folder in halves(bench)[1].items():
         grid = config_of(bench, "default, no step", folder, 0).grid
-        for row in control_rows(TruthSet(folder), size=SIZE, grid=grid, counts=(6,)):
+        truths = TruthSet(folder)
+        for row in control_rows(truths, size=SIZE, grid=grid, counts=(6,)):
             if row["view"] == "off centre":
-                yield from _rows(f"{set_} {row['method']}", row)
+                yield from _rows(f"{set_} {row['method']}", row, len(truths.pictures))

@@ -18,6 +18,8 @@ class Reported:
 
     section: Section
     outcomes: list[tuple[Case, Outcome]]
+    commit: str
+    """Of this call; what an earlier one measured at another is marked."""
     held: bool
     """Whether rows are held against bars: not in a rehearsal."""
 
@@ -28,7 +30,7 @@ class Reported:
 
 def reported(section: Section, cases: Sequence[Case], ledger: Ledger, *, held: bool) -> Reported:
     outcomes = ledger.outcomes(section.name)
-    return Reported(section, [(case, outcomes.get(case.name, Outcome())) for case in cases], held)
+    return Reported(section, [(case, outcomes.get(case.name, Outcome())) for case in cases], ledger.commit, held)
 
 
 def as_text(heading: str, sections: Sequence[Reported]) -> str:
@@ -69,6 +71,8 @@ def _lines(one: Reported) -> list[tuple[str, ...]]:
     lines = []
     for case, outcome in one.outcomes:
         ended = "" if outcome.state == "done" else outcome.state + (f": {outcome.why}" if outcome.why else "")
+        if outcome.began and outcome.commit != one.commit:
+            ended = f"{ended} at commit {outcome.commit}".strip()
         lines.append((case.name, f"{outcome.seconds:.1f}" if outcome.seconds else "", "s", "", "", "", ended))
         lines += [_cells(row, one) for row in outcome.rows]
     return lines

@@ -20,6 +20,8 @@ from benchmarks.on_gpu.ledger import Ledger, State
 
 SPOILT = 3
 """Exit status of a section whose device answers no more; the rest of its cases get a new process."""
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""What errors of the memory say that are no OutOfMemoryError: those of the driver, cuBLAS and the compiler."""
 LEAST_S = 1.0
 """A section is not begun with less time left."""
 GRACE_S = 1.0
@@ -34,17 +36,15 @@ def run_section(section: Section, bench: Bench, ledger: Ledger) -> None:
         if not waiting:
             return
         status = in_a_process(partial(run_cases, section, waiting, bench, ledger), seconds=bench.left() + GRACE_S)
-        if status == 0:
+        if status in (0, None):
             return
-        if status is None:
-            return
-        died = [name for name, outcome in ledger.outcomes(section.name).items() if outcome.state == "cut"]
-        for name in died:
-            ledger.end(section.name, name, "failed", f"its process ended with status {status}")
-        begun = {name for name, outcome in ledger.outcomes(section.name).items() if outcome.began >= since}
+        begun = {name: one for name, one in ledger.outcomes(section.name).items() if one.began >= since}
+        for name, outcome in begun.items():
+            if outcome.state == "cut":
+                ledger.end(section.name, name, "failed", f"its process ended with status {status}")
         if not begun:  # it died before its first case, and would again
             return
-        tried |= begun
+        tried |= set(begun)
 
 
 def run_cases(section: Section, cases: list[Case], bench: Bench, ledger: Ledger) -> None:
@@ -69,6 +69,8 @@ def _measured(section: Section, case: Case, ledger: Ledger) -> tuple[State, str]
     except Unfinished as progress:
         return "unfinished", str(progress)
     except Exception as error:  # whatever it is, the other cases are to be measured; the table says it
+        if any(words in str(error) for words in OUT_OF_MEMORY):
+            return "does not fit", _first_line(error)
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {_first_line(error)}"
     return "done", ""
@@ -109,11 +111,21 @@ def in_a_process(work: Callable[[], None], *, seconds: float) -> int | None:
     finally:
         if pid:
             os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            _await_the_end(pid)
+
+
+def _await_the_end(pid: int) -> None:
+    """Of a killed process; one that hangs in a driver cannot be waited for, and must not cost the sections after it."""
+    ends = time.monotonic() + 10
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() > ends:
+            _say(f"process {pid} was killed and does not end; going on without it")
+            return
+        time.sleep(0.05)
 
 
 def _be_the_child(work: Callable[[], None], seconds: float) -> None:
-    """Never returns: what lies above in the stack is the parent's."""
+    """Never returns: what is above in the stack is the parent's."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_S)  # where the parent was killed, the alarm ends this process

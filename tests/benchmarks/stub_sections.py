@@ -34,6 +34,11 @@ def is_too_large():
     raise torch.OutOfMemoryError("tried to allocate 97 GB")
 
 
+def is_too_large_for_cublas():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+    yield
+
+
 def dies():
     yield exact("last words", 1.0, "things", 1)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -57,6 +62,7 @@ CASES = {
     "troubled": [
         Case("breaks", breaks, 0),
         Case("is too large", is_too_large, 0),
+        Case("is too large for cuBLAS", is_too_large_for_cublas, 0),
         Case("dies", dies, 0),
         Case("goes on", goes_on, 0),
         Case("fine", fine, 0),

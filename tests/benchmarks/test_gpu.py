@@ -73,6 +73,7 @@ def runs(tmp_path_factory, absent) -> Iterator[dict[str, Run]]:
     """Three commands at once: each waits for itself more than for the others."""
     out, none, stubs = (tmp_path_factory.mktemp(name) / "out" for name in ("gpu", "none", "stubs"))
     stubs.mkdir()
+    Ledger(stubs / "ledger.jsonl", "earlier").begin("troubled", "cut in an earlier call")
     begun = {
         "rehearsal": started(
             out, SCRIPT, "--rehearse", "--out", str(out), "--json", str(out.parent / "rows.json"), absent=absent
@@ -129,7 +130,8 @@ def test_the_rows_of_a_step_are_of_one_loop_and_agree_with_each_other(rehearsal)
         assert rows[f"step/{case}/lost_to_feeding"] == pytest.approx(
             1 - rows[f"step/{case}/with_stream_and_masks"] / alone
         )
-        assert 0 < rows[f"step/{case}/waiting"] < 1
+        for share in ("host_waits_for_stream", "host_makes_masks"):
+            assert 0 < rows[f"step/{case}/with_stream_and_masks_{share}"] < 1
     assert rows["step/ViT-B/16 compiled, batch 8/compiling"] > 0
     assert sum("/kernel " in name for name in rows) == 20
 
@@ -166,7 +168,7 @@ def test_without_a_card_or_a_folder_the_call_is_refused_in_a_sentence(runs, tmp_
 
     assert (no_card.returncode, no_folder.returncode) == (2, 2)
     assert no_card.stderr.strip().endswith("--rehearse runs everything at toy size on a CPU")
-    assert "no folder at nowhere" in no_folder.stderr
+    assert "--photographs nowhere needs images/ beside labels/ or masks/" in no_folder.stderr
     assert not (runs["no card"].folder / "drawn").exists()
 
 
@@ -183,6 +185,12 @@ def test_what_fails_dies_or_hangs_loses_itself_alone_and_is_tried_again_last(run
     assert found == {
         ("troubled", "breaks"): ("failed", "ValueError: it broke", ["before"]),
         ("troubled", "is too large"): ("does not fit", "tried to allocate 97 GB", ["fits"]),
+        ("troubled", "is too large for cuBLAS"): (
+            "does not fit",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+            [],
+        ),
+        ("troubled", "cut in an earlier call"): ("cut", "", []),
         ("troubled", "dies"): ("failed", "its process ended with status -11", ["last words"]),
         ("troubled", "goes on"): ("unfinished", "1 of 4", ["stretch"]),
         ("troubled", "fine"): ("done", "", ["one"]),
@@ -272,6 +280,9 @@ def test_a_report_says_of_every_case_how_it_ended_and_of_every_row_whether_its_b
     assert [row["verdict"] for row in as_json({}, [one])["rows"]] == ["holds", "fails"]
     assert {row["verdict"] for row in as_json({}, [reported(section, cases, ledger, held=False)])["rows"]} == {""}
     assert [case["commit"] for case in as_json({}, [one])["cases"]] == ["abc", "abc", ""]
+    later = reported(section, cases, Ledger(ledger.path, "def"), held=True)
+    assert as_text("", [later]).count("at commit abc") == 2
+    assert "at commit" not in text
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {8}
 
@@ -303,7 +314,7 @@ def real(rehearsal, **changes) -> Bench:
     """A bench of real size, on the drawings of the rehearsal."""
     settings = {
         "out": rehearsal[0], "device": "cpu", "rehearse": False, "photographs": (), "encoder": "small", "data": None,
-        "cores": 3, "ends": 0.0,
+        "cores": 5, "ends": 0.0,
     }  # fmt: skip
     return Bench(**(settings | changes))
 
@@ -359,6 +370,19 @@ def test_parts_are_learned_by_every_method_on_images_that_are_not_scored(rehears
     assert (paper.updates, paper.init, paper.target, paper.paper) == (50, "heads", "pixels", True)
     learns = [against_cpu.learn_config(real(rehearsal), tmp_path, paper=paper) for paper in (False, True)]
     assert [config.paper for config in learns] == [False, True]
+
+
+def test_parts_are_learned_on_the_train_folder_beside_the_scored_one(rehearsal, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "people" / split).parent.mkdir(exist_ok=True)
+        (tmp_path / "people" / split).symlink_to(rehearsal[0].absolute() / "drawn")
+
+    images, sets = parts.halves(real(rehearsal, out=tmp_path / "out", photographs=(tmp_path / "people" / "val",)))
+
+    learned = images.read_text().splitlines()
+    assert len(learned) == 16
+    assert all("/people/train/" in line for line in learned)
+    assert len(list(sets["people/val"].glob("images/*/*"))) == 16
 
 
 def test_a_study_compares_runs_of_one_seed_that_differ_in_their_masking(rehearsal, tmp_path):
