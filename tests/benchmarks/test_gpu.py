@@ -32,6 +32,7 @@ from pretrain.mae import MAE
 from training.device import plain_attention_on_cpu
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)  # the first test waits for a whole rehearsal
 ABSENT = ("ray", "tyro", "webdataset", "beartype", "rich", "tensorboard", "simplejpeg", "moto")
 """Packages that a machine with a card and no internet may lack."""
 
@@ -48,7 +49,7 @@ class Run:
     process: subprocess.Popen[str]
 
     def finished(self) -> subprocess.CompletedProcess[str]:
-        said, told = self.process.communicate(timeout=280)
+        said, told = self.process.communicate(timeout=540)
         return subprocess.CompletedProcess(self.process.args, self.process.returncode, said, told)
 
 
