@@ -67,6 +67,7 @@ def no_reader_is_fooled(folder):
 
 
 root = Path(sys.argv[1])
+build(root / "warm")  # pyarrow imports pandas in a first build: once here, not in every child
 for step in count(1):
     folder = root / f"killed-{step}"
     status = in_a_child(lambda: killed_at(step, folder))
