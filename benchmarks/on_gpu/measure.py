@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from benchmarks.on_gpu.against_cpu import drawings
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.config import MINUTES, BenchError, GpuConfig
@@ -33,9 +35,19 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
         ValueError: There is no GPU, or the figures in the folder are of another machine or of other settings.
         BenchError: A case failed, or the drawings cannot be made; what was measured is kept.
     """
+    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(config.out / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{config.out} is in use by another call; wait for it or choose another --out") from None
+    with held:
+        return _measured(config)
+
+
+def _measured(config: GpuConfig) -> dict[str, Any]:
     ends = time.monotonic() + 60 * config.minutes
     shutil.rmtree(config.out / "scratch", ignore_errors=True)
-    (config.out / "scratch").mkdir(parents=True)
+    (config.out / "scratch").mkdir()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((config.out / "inductor").absolute()))
     bench = Bench(
         out=config.out,
@@ -81,14 +93,14 @@ def _prepared(config: GpuConfig, bench: Bench) -> dict[str, Any]:
 
     def prepare() -> None:
         machine = describe(bench.device)
-        write_json(config.out / "machine.json", machine)
+        write_json(bench.scratch / "machine.json", machine)
         if machine["card"] or config.rehearse:
             drawings(bench)
 
     status = in_a_process(prepare, seconds=PREPARING_S)
     if status != 0:
         raise BenchError(f"no drawings could be made in {config.out} (status {status}); the lines above say why")
-    machine = read_json(config.out / "machine.json")
+    machine = read_json(bench.scratch / "machine.json")
     if machine["card"] is None and not config.rehearse:
         raise ValueError("torch finds no CUDA device here; --rehearse runs everything at toy size on a CPU")
     git = git_state()
@@ -108,7 +120,6 @@ def _prepared(config: GpuConfig, bench: Bench) -> dict[str, Any]:
         "data": config.data,
     }
     _claim(config.out / "settings.json", settings)
-    write_json(config.out / "machine.json", machine)
     return machine
 
 

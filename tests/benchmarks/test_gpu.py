@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from reference.mae_flops import forward_of_mae
 from torch._dynamo import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.on_gpu import against_cpu, parts, step, study, verbs
 from benchmarks.on_gpu.against_cpu import CPU, relative_error
 from benchmarks.on_gpu.case import Bench, Case, Section, Unfinished
+from benchmarks.on_gpu.config import GpuConfig
 from benchmarks.on_gpu.drawn import BODY, HEAD, KINDS, LEGS, TAIL, draw
 from benchmarks.on_gpu.flops import step_flops
 from benchmarks.on_gpu.ledger import Ledger
-from benchmarks.on_gpu.measure import _claim
+from benchmarks.on_gpu.measure import _claim, bench_gpu
 from benchmarks.on_gpu.report import as_json, as_markdown, as_text, reported
 from benchmarks.on_gpu.sections import SECTIONS
 from benchmarks.on_gpu.timing import seconds_of
@@ -149,15 +152,47 @@ def test_the_tables_hold_every_row_and_say_where_they_are_from(rehearsal):
     assert "rehearsal" in page.splitlines()[0]
 
 
-def test_a_second_call_measures_nothing_and_prints_the_same(rehearsal, absent):
-    out, first = rehearsal
-    before = (out / "ledger.jsonl").read_bytes()
+@pytest.fixture(scope="module")
+def later(rehearsal, absent) -> dict[str, Run]:
+    """Three calls after it, at once: the same; the same where a case had failed, with no time left; another encoder."""
+    out = rehearsal[0]
+    failed, other = (shutil.copytree(out, out.with_name(name)) for name in ("failed", "other"))
+    ledger = Ledger(failed / "ledger.jsonl", "earlier")
+    ledger.begin("step", "masks")
+    ledger.end("step", "masks", "failed", "ValueError: it broke")
+    encoder = ("--encoder", "random:vit_small_patch16_224")
+    return {
+        "same": started(out, SCRIPT, "--rehearse", "--out", str(out), absent=absent),
+        "failed": started(failed, SCRIPT, "--rehearse", "--out", str(failed), "--minutes", "0.0001"),
+        "other": started(other, SCRIPT, "--rehearse", "--out", str(other), *encoder),
+    }
 
-    again = started(out, SCRIPT, "--rehearse", "--out", str(out), absent=absent).finished()
+
+def test_a_second_call_measures_nothing_and_prints_the_same(rehearsal, later):
+    out, first = rehearsal
+    measured = [line for line in (out / "ledger.jsonl").read_text().splitlines() if '"begin"' in line]
+
+    again = later["same"].finished()
 
     assert again.returncode == 0
-    assert (out / "ledger.jsonl").read_bytes() == before
+    assert len(measured) == len(json.loads((out / "gpu.json").read_text())["cases"])
     assert again.stdout.splitlines()[1:] == first.stdout.splitlines()[1:]
+
+
+def test_a_failed_case_is_the_exit_status_of_the_call(later):
+    done = later["failed"].finished()
+
+    assert done.returncode == 1
+    assert "failed: ValueError: it broke at commit earlier" in done.stdout
+    assert "1 cases failed, step/masks" in done.stderr
+
+
+def test_a_call_with_other_settings_is_refused_by_a_folder_that_has_figures(later):
+    done = later["other"].finished()
+
+    assert done.returncode == 2
+    assert "encoder was 'random:vit_tiny_patch16_224', now 'random:vit_small_patch16_224'" in done.stderr
+    assert not done.stdout
 
 
 def test_without_a_card_or_a_folder_the_call_is_refused_in_a_sentence(runs, tmp_path):
@@ -286,6 +321,13 @@ def test_a_report_says_of_every_case_how_it_ended_and_of_every_row_whether_its_b
     assert "at commit" not in text
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {8}
+
+
+def test_two_calls_do_not_measure_into_one_folder(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="in use by another call"):
+        bench_gpu(GpuConfig(out=tmp_path, rehearse=True))
+
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_of_another_card_is_refused(tmp_path):
