@@ -126,8 +126,10 @@ class BenchConfig:
             )
         if self.parts and self.name != "extract":
             raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
-        if self.name == "gpu" and self.images:
-            raise ValueError("bench gpu draws its own images; folders with truth are --photographs, shards are --data")
+        fields = type(self).__dataclass_fields__
+        for name in ("images", "pictures", "build", "device", "threads") if self.name == "gpu" else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"bench gpu takes no --{name}: it draws its images and takes the GPU and every core")
         if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):
             raise ValueError(
                 f"--photographs, --encoder, --data and --rehearse belong to bench gpu, not to bench {self.name}"

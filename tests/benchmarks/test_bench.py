@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from conftest import photographs, small_parts
@@ -129,3 +130,17 @@ def test_every_round_holds_every_case_once_and_the_first_is_thrown_away():
 
     assert [sorted(ran[:3]), sorted(ran[3:])] == [list("abc"), list("abc")]
     assert {name: len(told) for name, told in blocks.items()} == {"a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("gpu", {"threads": 8}, "bench gpu takes no --threads"),
+        ("gpu", {"images": "photos"}, "bench gpu takes no --images"),
+        ("gpu", {"parts": Path("parts")}, "--parts belongs to bench extract"),
+        ("loader", {"rehearse": True}, "belong to bench gpu, not to bench loader"),
+    ],
+)
+def test_a_flag_of_another_benchmark_is_refused(name, given, said):
+    with pytest.raises(ValueError, match=said):
+        BenchConfig(name=name, **given)
