@@ -22,11 +22,11 @@ class Bench:
     rehearse: bool
     """Everything at toy size."""
     photographs: tuple[Path, ...]
-    """Folders with truth, for the sections that learn and score parts; the drawn images where there are none."""
+    """Folders with truth, for the sections that learn and score parts; default: the drawn images."""
     encoder: str
     """Frozen encoder of those sections."""
     data: str | None
-    """Shard set with classes for the masking study; the drawn images where there is none."""
+    """Shard set with classes for the masking study; default: the drawn images."""
     cores: int
     ends: float
     """When this section has to be done, by `time.monotonic`."""
@@ -61,7 +61,7 @@ class Section:
 
     name: str
     seconds: float
-    """Its share of nine minutes."""
+    """Of MINUTES (config.py); a call with more or fewer minutes gives it its share."""
     cases: Callable[[Bench], list[Case]]
     """Lists the cases, in order of importance; computes nothing, because it is called before the process is forked."""
     bars: Bars

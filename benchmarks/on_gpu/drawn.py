@@ -84,6 +84,17 @@ def _write(folder: Path, number: int) -> None:
         kept.save(path, quality=90)
 
 
+def source_of(config: ExtractConfig) -> FromPictures:
+    """The images of a config, as `extract` reads them."""
+    return FromPictures(
+        list_pictures(config.images or ""),
+        size=config.size,
+        quality=config.quality,
+        samples_per_shard=config.samples_per_shard,
+        seed=config.seed,
+    )
+
+
 def _write_shards(made: Drawn, size: int, cores: int) -> None:
     config = ExtractConfig(
         images=str(made.folder),
@@ -92,17 +103,14 @@ def _write_shards(made: Drawn, size: int, cores: int) -> None:
         samples_per_shard=128,
         run=RunConfig(out=made.shards, threads=cores),
     )
-    pictures = list_pictures(made.folder)
-    source = FromPictures(
-        pictures, size=size, quality=config.quality, samples_per_shard=config.samples_per_shard, seed=config.seed
-    )
+    source = source_of(config)
     labeller = TruthLabeller(source, grid=28)
     made.shards.mkdir(parents=True, exist_ok=True)
-    digest = open_plan(made.shards, {"drawn": len(pictures.pictures), "size": size})
+    digest = open_plan(made.shards, {"drawn": len(source.pictures), "size": size})
     for number in range(len(source.shard_sizes)):
         if not shard_done(made.shards, number, digest):
             build_shard(number, source=source, labeller=labeller, config=config, plan_digest=digest)
-    info = {"grid": 28, "groups": labeller.groups, "size": size, "classes": list(pictures.classes)}
+    info = {"grid": 28, "groups": labeller.groups, "size": size, "classes": list(source.classes)}
     finalise(
         made.shards, shard_count=len(source.shard_sizes), plan_digest=digest, info=info | {"inputs": source.inputs}
     )

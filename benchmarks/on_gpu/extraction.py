@@ -13,11 +13,12 @@ import torch
 from benchmarks.extract import TimedLabeller, untrained_parts
 from benchmarks.on_gpu.against_cpu import drawings
 from benchmarks.on_gpu.case import Bars, Bench, Case
+from benchmarks.on_gpu.drawn import source_of
 from benchmarks.on_gpu.timing import quartiles, rate, seconds_of
 from benchmarks.rounds import Row, exact
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
-from partlearn.sources import FromPictures, Stored
+from partlearn.sources import Stored
 from shards.pictures import list_pictures
 from training.config import RunConfig
 
@@ -43,16 +44,6 @@ def config_of(bench: Bench, batch: int, out: Path) -> ExtractConfig:
         samples_per_shard=8 if bench.rehearse else 512,
         batch_size=batch,
         run=RunConfig(out=out, device=bench.device, threads=bench.cores),
-    )
-
-
-def source_of(config: ExtractConfig) -> FromPictures:
-    return FromPictures(
-        list_pictures(config.images or ""),
-        size=config.size,
-        quality=config.quality,
-        samples_per_shard=config.samples_per_shard,
-        seed=config.seed,
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.config import MINUTES, BenchError, GpuConfig
 from benchmarks.on_gpu.ledger import Ledger
 from benchmarks.on_gpu.machine import NOMINAL, describe
-from benchmarks.on_gpu.report import as_json, as_markdown, as_text, reported
+from benchmarks.on_gpu.report import Reported, as_json, as_markdown, as_text, reported
 from benchmarks.on_gpu.run import in_a_process, run_section
 from benchmarks.on_gpu.sections import SECTIONS
 from benchmarks.quiet import cores_here
@@ -32,7 +32,7 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
     and `cases`.
 
     Raises:
-        ValueError: There is no GPU, or the figures in the folder are of another machine or of other settings.
+        ValueError: There is no GPU; or the folder is in use, or its figures are of another machine or other settings.
         BenchError: A case failed, or the drawings cannot be made; what was measured is kept.
     """
     config.out.mkdir(parents=True, exist_ok=True)
@@ -45,6 +45,7 @@ def bench_gpu(config: GpuConfig) -> dict[str, Any]:
 
 
 def _measured(config: GpuConfig) -> dict[str, Any]:
+    """The same, by the only call in the folder."""
     ends = time.monotonic() + 60 * config.minutes
     shutil.rmtree(config.out / "scratch", ignore_errors=True)
     (config.out / "scratch").mkdir()
@@ -63,7 +64,7 @@ def _measured(config: GpuConfig) -> dict[str, Any]:
     heading = _heading(config, machine)
     ledger = Ledger(config.out / "ledger.jsonl", machine["commit"])
 
-    def report() -> list:
+    def report() -> list[Reported]:
         told = [reported(one, one.cases(bench), ledger, held=not config.rehearse) for one in SECTIONS]
         write_json(config.out / "gpu.json", as_json(machine, told))
         write_whole(config.out / "gpu.md", as_markdown(f"## {heading}", told).encode())

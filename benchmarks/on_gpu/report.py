@@ -54,7 +54,7 @@ def as_markdown(heading: str, sections: Sequence[Reported]) -> str:
 
 
 def as_json(machine: dict[str, Any], sections: Sequence[Reported]) -> dict[str, Any]:
-    """The machine; every row, its name led by section and case; and how every case ended."""
+    """The machine; every row, its name led by section and case; and how every case ended. JSON has no NaN: null."""
     rows, cases = [], []
     for one in sections:
         for case, outcome in one.outcomes:
@@ -62,7 +62,8 @@ def as_json(machine: dict[str, Any], sections: Sequence[Reported]) -> dict[str, 
             cases.append(told | {"seconds": round(outcome.seconds, 1), "commit": outcome.commit})
             for row in outcome.rows:
                 name = f"{one.section.name}/{case.name}/{row.name}"
-                rows.append(row.as_json() | {"name": name, "verdict": verdict(row, one.bars)})
+                figures = {key: None if value != value else value for key, value in row.as_json().items()}
+                rows.append(figures | {"name": name, "verdict": verdict(row, one.bars)})
     return {"machine": machine, "rows": rows, "cases": cases}
 
 

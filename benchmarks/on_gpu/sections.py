@@ -1,4 +1,4 @@
-"""The sections in order of importance, and the seconds each has out of nine minutes."""
+"""The sections in order of importance, and the seconds each has of MINUTES (config.py)."""
 
 from benchmarks.on_gpu import extraction, parts, step, study, verbs
 from benchmarks.on_gpu.case import Section

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.on_gpu import against_cpu
 from benchmarks.on_gpu.against_cpu import CPU, SIZE, Stepped, drawings, first_batch, relative_error
 from benchmarks.on_gpu.case import Bars, Bench, Case
+from benchmarks.on_gpu.drawn import source_of
 from benchmarks.rounds import Row, exact
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.knn import knn
@@ -26,9 +27,7 @@ from partlearn.config import ExtractConfig
 from partlearn.distill import distill
 from partlearn.label import Labeller
 from partlearn.learn import learn
-from partlearn.sources import FromPictures
 from pretrain.train import build, new_optimizer, pretrain, train_step
-from shards.pictures import list_pictures
 from training import checkpoint
 from training.config import RunConfig
 
@@ -172,12 +171,8 @@ def _extract(bench: Bench, out: Path) -> None:
         run=RunConfig(out=out, device=bench.device, threads=bench.cores),
     )
     out.mkdir()
-    pictures = list_pictures(config.images or "")
-    source = FromPictures(
-        pictures, size=config.size, quality=config.quality, samples_per_shard=config.samples_per_shard, seed=0
-    )
     labeller = Labeller(config.parts, device=torch.device(bench.device))
-    build_shard(0, source=source, labeller=labeller, config=config, plan_digest="bench")
+    build_shard(0, source=source_of(config), labeller=labeller, config=config, plan_digest="bench")
 
 
 def _pretrain(bench: Bench, out: Path) -> None:
