@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from shards.order import VIEW, permutation, uniform
+from shards.order import permutation
 from shards.pictures import Picture, PictureError, PictureList, decode_rgb, read_bytes, square
+from shards.rng import VIEW, uniform
 
 BATCHES_AHEAD = 2
 _named: set[Picture] = set()

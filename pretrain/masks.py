@@ -10,7 +10,7 @@ from pretrain.config import PretrainConfig
 from pretrain.masking import random_masking, semantic_masking
 from pretrain.patches import best_patches, pool_labels, split
 from shards.batches import Batch
-from shards.order import MASK, PART_ORDER, uniform
+from shards.rng import MASK, PART_ORDER, uniform
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch.nn import functional as F
 
-from shards.order import CROP, FLIP, uniform
+from shards.rng import CROP, FLIP, uniform
 
 TRIES = 10
 

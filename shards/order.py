@@ -1,24 +1,18 @@
-"""Order and random numbers as arithmetic: pure functions of seed, epoch and index, the same on every machine.
+"""The order of samples as arithmetic: a pure function of seed and epoch, the same on every machine."""
 
-Counter-based splitmix64 (Steele, Lea and Flood, OOPSLA 2014): NumPy promises its generators' streams only for one
-build, and a generator's state would have to be kept, sent and restored.
-"""
-
-import hashlib
 from collections.abc import Iterator
 from itertools import count as count_from
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt64
+from jaxtyping import Int64
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS = range(7)  # purposes: never renumber, draws depend on them
+from shards.rng import GOLDEN, ORDER, SHARDS, key_of, splitmix64
 
 
 def permutation(count: int, *, seed: int, epoch: int, purpose: int = ORDER) -> Int64[np.ndarray, " count"]:
     """The order of an epoch: indices sorted by a hash of (seed, epoch, index). 0.1 s for ImageNet."""
     counters = np.arange(1, count + 1, dtype=np.uint64)
-    return np.argsort(splitmix64(_key(seed, epoch, purpose) + counters * GOLDEN), kind="stable")
+    return np.argsort(splitmix64(key_of(seed, epoch, purpose) + counters * GOLDEN), kind="stable")
 
 
 class Epochs:
@@ -74,33 +68,3 @@ class Epochs:
         for place, shards in enumerate(self._windows(epoch)):
             turn[shards] = place
         return shuffled[np.argsort(np.repeat(turn, self.sizes)[shuffled], kind="stable")]
-
-
-def uniform(
-    seed: int,
-    epochs: Int64[np.ndarray, " batch"],
-    indices: Int64[np.ndarray, " batch"],
-    purpose: int,
-    draws: int,
-) -> Float32[np.ndarray, "batch draws"]:
-    """Numbers in [0, 1), 24 bits each, keyed by (seed, epoch, index, purpose, draw)."""
-    keys = np.empty(len(indices), dtype=np.uint64)
-    for epoch in np.unique(epochs):
-        keys[epochs == epoch] = _key(seed, int(epoch), purpose)
-    rows = splitmix64(keys + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    columns = np.arange(1, draws + 1, dtype=np.uint64) * GOLDEN
-    bits = splitmix64(rows[:, None] + columns[None])
-    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-
-
-def splitmix64(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """The finaliser of splitmix64: a bijection of 64 bits that leaves no visible order."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _key(seed: int, epoch: int, purpose: int) -> np.uint64:
-    """The tuple hashed, not added: seed 1 must not be seed 0 shifted."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import FLIP, MASK, Epochs, permutation, uniform
+from shards.order import Epochs, permutation
+from shards.rng import FLIP, MASK, uniform
 
 counts = st.integers(1, 300)
 

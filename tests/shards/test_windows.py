@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.crops import draw_boxes, draw_flips
-from shards.order import CROP, FLIP, MASK, ORDER, PART_ORDER, SHARDS, VIEW, Epochs, permutation, uniform
+from shards.order import Epochs, permutation
+from shards.rng import CROP, FLIP, MASK, ORDER, PART_ORDER, SHARDS, VIEW, uniform
 
 shard_sizes = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any).map(np.array)
 windows = st.integers(1, 14)
