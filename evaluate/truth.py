@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from shards.pictures import decode_rgb, list_pictures, read_bytes
+from shards.decode import decode_rgb
+from shards.pictures import list_pictures, read_bytes
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from partlearn.crops import normalised, unit
 from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
 from partlearn.student import vit_tokens
-from shards.pictures import Picture, PictureError, decode_rgb, list_pictures, read_bytes, square
+from shards.decode import PictureError, decode_rgb, square
+from shards.pictures import Picture, list_pictures, read_bytes
 from training.device import autocast
 
 MOST, CHUNK = 2000, 64

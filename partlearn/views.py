@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from shards.decode import PictureError, decode_rgb, square
 from shards.order import permutation
-from shards.pictures import Picture, PictureError, PictureList, decode_rgb, read_bytes, square
+from shards.pictures import Picture, PictureList, read_bytes
 from shards.rng import VIEW, uniform
 
 BATCHES_AHEAD = 2

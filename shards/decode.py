@@ -3,14 +3,20 @@
 import functools
 import io
 import math
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import SupportsInt
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.errors import ShardError
+
+Box = tuple[float, float, float, float]
+_decoding, _decoding_lock, _filters = 0, threading.Lock(), warnings.catch_warnings()
 
 try:
     import simplejpeg
@@ -99,3 +105,70 @@ def _by_pillow(jpeg: bytes) -> np.ndarray:
 def _check_size(found: Sequence[SupportsInt], row: np.ndarray) -> None:
     if tuple(found) != row.shape[:2]:
         raise ValueError(f"the picture is {found[1]}x{found[0]}, expected {row.shape[1]}x{row.shape[0]}")
+
+
+class PictureError(ValueError):
+    """A picture that cannot be decoded; the message is the reason."""
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha lies over white.
+
+    Raises:
+        PictureError: The bytes are no whole picture; of the same bytes, always in the same words.
+    """
+    if not data:
+        raise PictureError("empty file")
+    try:
+        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # Pillow names the buffer by its address
+        raise PictureError("not a picture that Pillow knows (JPEG, PNG, WebP, ...)") from error
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
+        raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image.Image, Box]:
+    """The square of the short side, at `offset` (0 to 1) along the long side, resized to `size`; and its box in
+    source pixels (x0, y0, x1, y1). Bicubic, antialiased."""
+    width, height = image.size
+    side = min(width, height)
+    x0, y0 = round((width - side) * offset), round((height - side) * offset)
+    box = (float(x0), float(y0), float(x0 + side), float(y0 + side))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), box
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow's warnings are silent, but for a decompression bomb, which is an error.
+
+    Filters belong to the process: were each thread to put back the ones it found, the last would put back another
+    thread's. So the first one in sets them, and the last one out restores them.
+    """
+    global _decoding, _filters
+    with _decoding_lock:
+        if not _decoding:
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        _decoding += 1
+    try:
+        yield
+    finally:
+        with _decoding_lock:
+            _decoding -= 1
+            if not _decoding:
+                _filters.__exit__(None, None, None)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8, UInt16
 
+from shards.decode import Box
 from shards.errors import ShardError
-from shards.pictures import Box
 
 MAGIC, HEADER = b"\x93NUMPY\x01\x00", 128
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.pictures import PictureError, _quiet_pillow, decode_rgb, list_pictures, read_bytes, square
+from shards.decode import PictureError, _quiet_pillow, decode_rgb, square
+from shards.pictures import list_pictures, read_bytes
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
