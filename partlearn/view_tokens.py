@@ -11,7 +11,8 @@ from torch import Tensor
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, look_again
 from partlearn.encoders import Encoder, Tokens
-from partlearn.views import PictureBatches, crop, random_boxes
+from partlearn.views import crop, random_boxes
+from shards.image_batches import PictureBatches
 from shards.order import permutation
 from shards.pictures import PictureList
 from training.progress import Progress

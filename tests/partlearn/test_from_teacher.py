@@ -14,7 +14,7 @@ from partlearn.encoders import load_encoder
 from partlearn.from_teacher import cosine_loss, running_mean, told_apart
 from partlearn.student import vit_tokens
 from partlearn.update import new_optimizer
-from partlearn.views import PictureBatches
+from shards.image_batches import PictureBatches
 from shards.pictures import list_pictures
 from training.checkpoint import CheckpointError, find, load_state, load_tensors, newest
 from training.metrics import read_metrics

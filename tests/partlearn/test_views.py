@@ -13,7 +13,8 @@ from reference.distillation import bilinear
 from torch.nn import functional as F
 
 from partlearn.block_masks import block_masks
-from partlearn.views import PictureBatches, crop, jitter_colour, random_boxes
+from partlearn.views import crop, jitter_colour, random_boxes
+from shards.image_batches import PictureBatches
 from shards.pictures import list_pictures
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
