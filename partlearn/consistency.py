@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from partlearn.crops import random_places, step_generator, unit
 from partlearn.encoders import Encoder, Tokens
-from partlearn.views import crop, jitter_colour
+from training.augment import crop, jitter_colour, random_places, step_generator, unit
 
 SCALE, JITTER = (0.4, 1.0), 0.4
 

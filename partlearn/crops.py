@@ -1,17 +1,14 @@
 """The views that one step shows, drawn for the whole batch so that any number of ranks sees the same."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from partlearn.block_masks import block_masks
 from partlearn.config import EncoderConfig
-from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
-from partlearn.views import crop, jitter_colour, random_boxes
+from training.augment import crop, jitter_colour, normalised, random_places, step_generator, unit
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.35, 1.0), (0.08, 0.35)
 GLOBAL_CROPS = 2
@@ -70,39 +67,3 @@ def draw_twins(
     boxes, flip = random_places(pixels, scale=GLOBAL_SCALE, **block)
     coloured = jitter_colour(pixels, strength=JITTER, **block)
     return crop(coloured, boxes, sizes[0], flip), crop(coloured, boxes, sizes[1], flip)
-
-
-def random_places(
-    pixels: Float[Tensor, "batch 3 height width"],
-    *,
-    scale: tuple[float, float],
-    generator: torch.Generator,
-    rank: int,
-    world_size: int,
-) -> tuple[Float[Tensor, "batch 4"], Bool[Tensor, " batch"]]:
-    """Boxes, and whether to mirror them, of one rank's block of the batch."""
-    count = len(pixels)
-    boxes = random_boxes(world_size * count, scale=scale, generator=generator)
-    flip = torch.rand(world_size * count, generator=generator) < 0.5
-    mine = slice(rank * count, (rank + 1) * count)
-    return boxes[mine].to(pixels.device), flip[mine].to(pixels.device)
-
-
-def unit(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
-    """Bytes as pixels in [0, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
-def normalised(
-    pixels: Float[Tensor, "batch 3 height width"],
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> Float[Tensor, "batch 3 height width"]:
-    """Pixels in [0, 1] minus the mean, over the deviation: what a ViT reads."""
-    shift, scale = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (mean, std))
-    return (pixels - shift) / scale
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """A generator for one step; the pair is hashed, because torch's CPU generator reads 32 bits of a seed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

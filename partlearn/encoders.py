@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from partlearn.architecture import ViT, checked, class_attention, embed
 from partlearn.weights import fingerprint, load_strictly, numbers_of, patch_of, read_run, read_weights
+from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.checkpoint import CheckpointError
 from training.device import autocast
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
 SOURCES = "small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
 SMALL = Path(__file__).parent / "small"

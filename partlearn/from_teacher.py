@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partlearn.config import EncoderConfig
-from partlearn.crops import draw_twins, normalised
+from partlearn.crops import draw_twins
 from partlearn.encoders import Encoder
 from partlearn.objective import Losses, Objective
 from partlearn.parts import whitening_from
 from partlearn.student import blocks_of, new_student, vit_tokens
 from training import distributed
+from training.augment import normalised
 from training.checkpoint import CheckpointError
 from training.device import autocast
 

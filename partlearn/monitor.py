@@ -11,11 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.crops import normalised, unit
-from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
 from partlearn.student import vit_tokens
 from shards.decode import PictureError, decode_rgb, square
 from shards.pictures import Picture, list_pictures, read_bytes
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
 from training.device import autocast
 
 MOST, CHUNK = 2000, 64

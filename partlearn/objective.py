@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from partlearn.encoders import IMAGENET_MEAN, IMAGENET_STD
+from training.augment import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, look_again
 from partlearn.encoders import Encoder, Tokens
-from partlearn.views import crop, random_boxes
 from shards.image_batches import PictureBatches
 from shards.order import permutation
 from shards.pictures import PictureList
+from training.augment import crop, random_boxes
 from training.progress import Progress
 
 CROP_SCALE = (0.5, 1.0)

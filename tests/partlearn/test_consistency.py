@@ -10,8 +10,8 @@ from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, look_again
 from partlearn.encoders import load_encoder
 from partlearn.view_tokens import CROP_SCALE, Views
-from partlearn.views import random_boxes
 from shards.pictures import list_pictures
+from training.augment import random_boxes
 from training.config import RunConfig
 
 GRID = 8

@@ -13,9 +13,9 @@ from reference.distillation import bilinear
 from torch.nn import functional as F
 
 from partlearn.block_masks import block_masks
-from partlearn.views import crop, jitter_colour, random_boxes
 from shards.image_batches import PictureBatches
 from shards.pictures import list_pictures
+from training.augment import crop, jitter_colour, random_boxes
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 UPRIGHT, MIRRORED = torch.tensor([False]), torch.tensor([True])

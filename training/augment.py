@@ -1,9 +1,14 @@
-"""Pictures as training sees them: seeded batches of uint8 squares, and batched crops and colours of those."""
+"""Batched crops, mirroring and colours of pictures on any device, and the statistics they are normalised by."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def random_boxes(
@@ -84,3 +89,39 @@ def jitter_colour(
 def luma(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Grey as ITU-R BT.601 weighs it."""
     return (images * images.new_tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def random_places(
+    pixels: Float[Tensor, "batch 3 height width"],
+    *,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    rank: int,
+    world_size: int,
+) -> tuple[Float[Tensor, "batch 4"], Bool[Tensor, " batch"]]:
+    """Boxes, and whether to mirror them, of one rank's block of the batch."""
+    count = len(pixels)
+    boxes = random_boxes(world_size * count, scale=scale, generator=generator)
+    flip = torch.rand(world_size * count, generator=generator) < 0.5
+    mine = slice(rank * count, (rank + 1) * count)
+    return boxes[mine].to(pixels.device), flip[mine].to(pixels.device)
+
+
+def unit(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+    """Bytes as pixels in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def normalised(
+    pixels: Float[Tensor, "batch 3 height width"],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels in [0, 1] minus the mean, over the deviation: what a ViT reads."""
+    shift, scale = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    return (pixels - shift) / scale
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A generator for one step; the pair is hashed, because torch's CPU generator reads 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
