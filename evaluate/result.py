@@ -11,7 +11,7 @@ from pathlib import Path
 from evaluate.config import FeatureConfig
 from evaluate.features import TrainAndTest
 from shards.atomic import sha256_json, write_json
-from training.run import as_json, package_versions
+from training.run_folder import as_json, package_versions
 
 WHERE = ("checkpoint", "encoder", "data", "images", "val_data", "val_images", "json", "out")
 HOW_FAST = ("device", "threads", "debug")

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from partlearn.block_masks import block_masks
 from partlearn.config import EncoderConfig
 from training.augment import crop, jitter_colour, normalised, random_places, step_generator, unit
+from training.block_masks import block_masks
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.35, 1.0), (0.08, 0.35)
 GLOBAL_CROPS = 2

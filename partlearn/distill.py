@@ -25,7 +25,7 @@ from training import checkpoint, distributed
 from training.device import pick_device, plain_attention_on_cpu
 from training.metrics import Metrics, last_figures
 from training.progress import Progress
-from training.run import RunFolder
+from training.run_folder import RunFolder
 
 COLLAPSED = 0.02
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from partlearn.batch_norm import BatchNorm
 from training import distributed
+from training.batch_norm import BatchNorm
 
 STUDENT_TEMPERATURE = 0.1
 TEACHER_TEMPERATURE = 0.4

@@ -25,7 +25,7 @@ from training import checkpoint, distributed
 from training.device import autocast, pick_device
 from training.metrics import Metrics, last_figures
 from training.progress import Progress
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
 LOG_EVERY = 10

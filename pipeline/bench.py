@@ -22,7 +22,7 @@ from pipeline.creatures import write_creatures
 from shards.atomic import write_json
 from training.config import RunConfig
 from training.progress import Progress
-from training.run import git_state, package_versions
+from training.run_folder import git_state, package_versions
 
 DRAWN, DRAWN_SIDE = 256, 256
 MINUTES = 4.0

@@ -21,7 +21,7 @@ from shards.errors import ShardError
 from shards.writer import shard_paths
 from training.device import pick_device
 from training.progress import Progress
-from training.run import as_json, git_state, package_versions
+from training.run_folder import as_json, git_state, package_versions
 
 HOW = ("run", "backend", "workers", "gpus_per_worker", "retry_failed")
 """Fields that say how a set is built, not what it is."""

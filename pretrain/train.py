@@ -20,7 +20,7 @@ from training import checkpoint, distributed
 from training.device import autocast, pick_device, plain_attention_on_cpu
 from training.metrics import Metrics
 from training.progress import Progress
-from training.run import RunFolder
+from training.run_folder import RunFolder
 from training.schedule import learning_rate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from training.run import package_versions
+from training.run_folder import package_versions
 
 NOMINAL = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 """Dense bf16 FLOP/s on the data sheet, by the name that the card gives itself."""

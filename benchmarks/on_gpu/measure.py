@@ -21,7 +21,7 @@ from benchmarks.on_gpu.run import in_a_process, run_section
 from benchmarks.on_gpu.sections import SECTIONS
 from benchmarks.quiet import cores_here
 from shards.atomic import read_json, write_json, write_whole
-from training.run import git_state
+from training.run_folder import git_state
 
 PREPARING_S = 60.0
 """Most that looking at the card and drawing the images may take."""

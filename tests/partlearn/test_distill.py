@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from partlearn import distill_loss
-from partlearn.batch_norm import BatchNorm
 from partlearn.distill import distill, new_objective
 from partlearn.encoders import load_encoder
 from partlearn.update import new_optimizer
+from training.batch_norm import BatchNorm
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 

@@ -12,10 +12,10 @@ from PIL import Image
 from reference.distillation import bilinear
 from torch.nn import functional as F
 
-from partlearn.block_masks import block_masks
 from shards.image_batches import PictureBatches
 from shards.pictures import list_pictures
 from training.augment import crop, jitter_colour, random_boxes
+from training.block_masks import block_masks
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 UPRIGHT, MIRRORED = torch.tensor([False]), torch.tensor([True])

@@ -16,7 +16,7 @@ from training.config import RunConfig
 from training.device import pick_device
 from training.metrics import Metrics, read_metrics
 from training.progress import Progress, clock
-from training.run import RunError, RunFolder
+from training.run_folder import RunError, RunFolder
 from training.schedule import learning_rate
 
 
