@@ -9,12 +9,12 @@ from PIL import Image
 
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller
-from pipeline.sheet import ROWS, assemble, brightness, enlarged, tinted
 from shards.atomic import write_whole
 from shards.decode import PictureError, decode_rgb, square
 from shards.order import permutation
 from shards.pictures import list_pictures, read_bytes
 from training.checkpoint import CheckpointError
+from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
 from training.device import pick_device
 
 SIDE = 224

@@ -23,8 +23,8 @@ from partlearn.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.config import SMALL_READS
 from partlearn.label import Labeller
 from pipeline.config import ScorePartsConfig
-from pipeline.sheet import ROWS, assemble, tinted
 from shards.atomic import read_json, sha256_json, write_json, write_whole
+from training.contact_sheet import ROWS, assemble, tinted
 from training.device import pick_device
 from training.progress import Progress
 

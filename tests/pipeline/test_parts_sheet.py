@@ -6,8 +6,8 @@ from PIL import Image
 from partlearn.config import LearnConfig
 from partlearn.learn import learn
 from pipeline.parts_sheet import show_parts
-from pipeline.sheet import CELL
 from training.config import RunConfig
+from training.contact_sheet import CELL
 
 
 def test_a_run_is_shown_without_its_torn_pictures_and_stands_when_they_have_moved(tmp_path, capsys):
