@@ -18,7 +18,7 @@ from partlearn.config import ExtractConfig, LearnConfig
 from partlearn.label import Labeller, Labels
 from partlearn.learn import learn
 from partlearn.sources import FromPictures
-from shards.pictures import PictureList, read_bytes
+from shards.images import PictureList, read_bytes
 from training.config import RunConfig
 from training.device import pick_device
 from training.progress import Progress

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file, sha256_json, write_json
-from shards.dataset import finalise, open_plan
+from shards.build import finalise, open_plan
 from shards.decode import PictureError, decode_rgb, square
-from shards.pictures import Picture, PictureList, list_pictures, read_bytes
+from shards.images import Picture, PictureList, list_pictures, read_bytes
 from shards.sample import LabelledPicture, Rejected
 from shards.writer import write_shard
 from training.progress import Progress

@@ -21,8 +21,8 @@ from partlearn.encoders import Encoder, load_encoder
 from shards.atomic import sha256_file, sha256_json
 from shards.batches import in_order
 from shards.decode import PictureError, decode_rgb, square
+from shards.images import Picture, PictureList, list_pictures, read_bytes
 from shards.order import permutation
-from shards.pictures import Picture, PictureList, list_pictures, read_bytes
 from shards.shard_set import ShardSet
 from training.checkpoint import find
 from training.device import pick_device

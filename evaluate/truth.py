@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from shards.decode import decode_rgb
-from shards.pictures import list_pictures, read_bytes
+from shards.images import list_pictures, read_bytes
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 

@@ -20,7 +20,7 @@ from partlearn.objective_checkpoint import resume, save
 from partlearn.student_teacher import StudentTeacher
 from partlearn.update import new_optimizer, train_step
 from shards.image_batches import PictureBatches
-from shards.pictures import PictureList, list_pictures
+from shards.images import PictureList, list_pictures
 from training import checkpoint, distributed
 from training.device import pick_device, plain_attention_on_cpu
 from training.metrics import Metrics, last_figures

@@ -20,7 +20,7 @@ from partlearn.start import start
 from partlearn.view_tokens import View, Views, picture_target
 from partlearn.weights import fingerprint
 from shards.atomic import sha256_json
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training import checkpoint, distributed
 from training.device import autocast, pick_device
 from training.metrics import Metrics, last_figures

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from partlearn.student import vit_tokens
 from shards.decode import PictureError, decode_rgb, square
-from shards.pictures import Picture, list_pictures, read_bytes
+from shards.images import Picture, list_pictures, read_bytes
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
 from training.device import autocast
 

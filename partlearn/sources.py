@@ -13,9 +13,9 @@ from PIL import Image
 
 from shards import storage
 from shards.decode import Box, PictureError, decode_rgb, square
+from shards.images import Picture, PictureList, list_pictures, read_bytes
 from shards.index import BOX
 from shards.order import permutation
-from shards.pictures import Picture, PictureList, list_pictures, read_bytes
 from shards.sample import Rejected
 from shards.shard_set import ShardSet
 from shards.writer import shard_paths

@@ -12,8 +12,8 @@ from partlearn.config import LearnConfig
 from partlearn.consistency import Again, look_again
 from partlearn.encoders import Encoder, Tokens
 from shards.image_batches import PictureBatches
+from shards.images import PictureList
 from shards.order import permutation
-from shards.pictures import PictureList
 from training.augment import crop, random_boxes
 from training.progress import Progress
 

@@ -25,7 +25,7 @@ from pipeline.truth import score_against_truth
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import clock

@@ -16,7 +16,7 @@ from partlearn.sources import FromPictures, Source, open_source
 from partlearn.true_parts import TruthLabeller
 from pipeline.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
-from shards.dataset import finalise, open_plan, shard_done
+from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
 from shards.writer import shard_paths
 from training.device import pick_device

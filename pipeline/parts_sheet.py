@@ -11,8 +11,8 @@ from partlearn.config import LearnConfig
 from partlearn.label import Labeller
 from shards.atomic import write_whole
 from shards.decode import PictureError, decode_rgb, square
+from shards.images import list_pictures, read_bytes
 from shards.order import permutation
-from shards.pictures import list_pictures, read_bytes
 from training.checkpoint import CheckpointError
 from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
 from training.device import pick_device

@@ -12,8 +12,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from shards.decode import PictureError, decode_rgb, square
+from shards.images import Picture, PictureList, read_bytes
 from shards.order import permutation
-from shards.pictures import Picture, PictureList, read_bytes
 from shards.rng import VIEW, uniform
 
 BATCHES_AHEAD = 2

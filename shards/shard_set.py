@@ -12,10 +12,10 @@ import numpy as np
 
 from shards import storage
 from shards.atomic import read_json, sha256_file
+from shards.cache import Stage
 from shards.errors import SampleError, ShardError
 from shards.index import Row, load_rows, read_column
 from shards.sample import HEADER, Sample, npy_header
-from shards.stage import Stage
 from shards.writer import shard_paths
 
 FORMAT, VERSION = "semmae-shards", 1

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shards.atomic import read_json, sha256_file
-from shards.dataset import fingerprint
+from shards.build import fingerprint
 from shards.decode import decode_jpeg_into
 from shards.errors import SampleError, ShardError
 from shards.index import load_rows

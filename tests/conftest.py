@@ -15,7 +15,7 @@ from pyarrow import fs
 from partlearn.config import LearnConfig
 from partlearn.learn import learn
 from shards import storage
-from shards.dataset import finalise, open_plan
+from shards.build import finalise, open_plan
 from shards.sample import LabelledPicture
 from shards.shard_set import ShardSet
 from shards.writer import write_shard

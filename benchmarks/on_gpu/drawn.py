@@ -12,8 +12,8 @@ from partlearn.build import build_shard
 from partlearn.config import TRUTH, ExtractConfig
 from partlearn.sources import FromPictures
 from partlearn.true_parts import TruthLabeller
-from shards.dataset import finalise, open_plan, shard_done
-from shards.pictures import list_pictures
+from shards.build import finalise, open_plan, shard_done
+from shards.images import list_pictures
 from training.config import RunConfig
 
 KINDS, WIDTH, HEIGHT = 8, 400, 320

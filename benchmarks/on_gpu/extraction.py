@@ -19,7 +19,7 @@ from benchmarks.rounds import Row, exact
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
 from partlearn.sources import Stored
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.config import RunConfig
 
 BARS: Bars = {"extract_over_slowest_piece": (">=", 0.8)}

@@ -28,7 +28,7 @@ from partlearn.learn import learn, new_learner, new_optimiser, train_step
 from partlearn.start import start
 from partlearn.view_tokens import Views
 from shards.atomic import read_json
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.config import RunConfig
 
 BARS: Bars = {}

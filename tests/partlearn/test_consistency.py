@@ -10,7 +10,7 @@ from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, look_again
 from partlearn.encoders import load_encoder
 from partlearn.view_tokens import CROP_SCALE, Views
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.augment import random_boxes
 from training.config import RunConfig
 

@@ -18,7 +18,7 @@ from partlearn.learner import PartLearner, load_learner
 from partlearn.losses import pixel_loss
 from partlearn.start import start
 from partlearn.view_tokens import View, Views
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.config import RunConfig
 
 

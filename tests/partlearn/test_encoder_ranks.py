@@ -13,7 +13,7 @@ from stripes import TINY, draw_stripes, tiny
 from partlearn.crops import draw_crops
 from partlearn.distill import distill
 from shards.image_batches import PictureBatches
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 

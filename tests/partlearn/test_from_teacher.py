@@ -15,7 +15,7 @@ from partlearn.from_teacher import cosine_loss, running_mean, told_apart
 from partlearn.student import vit_tokens
 from partlearn.update import new_optimizer
 from shards.image_batches import PictureBatches
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.checkpoint import CheckpointError, find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 

@@ -13,7 +13,7 @@ from reference.distillation import bilinear
 from torch.nn import functional as F
 
 from shards.image_batches import PictureBatches
-from shards.pictures import list_pictures
+from shards.images import list_pictures
 from training.augment import crop, jitter_colour, random_boxes
 from training.block_masks import block_masks
 

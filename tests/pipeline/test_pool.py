@@ -17,7 +17,7 @@ import pipeline.extract
 from partlearn.config import ExtractConfig
 from pipeline import pool
 from pipeline.pool import ATTEMPTS, build_on_ray, room
-from shards.dataset import finalise, open_plan
+from shards.build import finalise, open_plan
 from shards.errors import ShardError
 from shards.sample import LabelledPicture
 from shards.verify import verify

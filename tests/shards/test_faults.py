@@ -9,7 +9,7 @@ import pytest
 from conftest import drawn
 
 from shards.atomic import sha256_file
-from shards.dataset import finalise, open_plan, shard_done
+from shards.build import finalise, open_plan, shard_done
 from shards.verify import verify
 from shards.writer import write_shard
 
@@ -19,7 +19,7 @@ BUILD = """
 import os, pickle, signal, sys
 from itertools import count
 from pathlib import Path
-from shards.dataset import finalise, open_plan, shard_done
+from shards.build import finalise, open_plan, shard_done
 from shards.sample import Rejected
 from shards.verify import verify
 from shards.writer import write_shard

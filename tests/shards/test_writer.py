@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.atomic import read_json, sha256_file
-from shards.dataset import finalise, open_plan, shard_done
+from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
 from shards.sample import Rejected, check_labels, npy_bytes
 from shards.shard_set import ShardSet

@@ -14,7 +14,7 @@ from pyarrow import fs
 from partlearn.config import ExtractConfig
 from pipeline.extract import extract
 from shards import storage
-from shards.pictures import PictureList, list_pictures, read_bytes
+from shards.images import PictureList, list_pictures, read_bytes
 from training.config import RunConfig
 
 

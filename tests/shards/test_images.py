@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from shards.decode import PictureError, _quiet_pillow, decode_rgb, square
-from shards.pictures import list_pictures, read_bytes
+from shards.images import list_pictures, read_bytes
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
