@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.prepared import some_pictures
 from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, summary
+from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.encoders import load_encoder
 from partlearn.learn import new_learner, new_optimiser, train_step
 from partlearn.start import start
 from partlearn.view_tokens import View, Views

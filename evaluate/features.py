@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int64, Integer, UInt8
 from torch import Tensor
 
+from encoders.frozen import Encoder
+from encoders.load import load_encoder
 from evaluate.config import FeatureConfig
-from partlearn.encoders import Encoder, load_encoder
 from shards.atomic import sha256_file, sha256_json
 from shards.batches import in_order
 from shards.decode import PictureError, decode_rgb, square

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.encoders import Encoder, Tokens
+from encoders.frozen import Encoder, Tokens
+from encoders.whitening import centred_tokens
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
 from partlearn.kmeans import spherical_kmeans
-from partlearn.parts import centred_tokens
 from shards.atomic import sha256_json
 
 Name = Literal[

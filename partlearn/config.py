@@ -92,7 +92,7 @@ PAPER = {
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
 SMALL_READS = {"encoder_block": 3, "whiten": 32}
-"""What k-means reads best of the encoder `small`: its last norm, in fewer directions (partlearn/small/README.md)."""
+"""What k-means reads best of the encoder `small`: its last norm, in fewer directions (encoders/builtin/README.md)."""
 TRUTH = "truth"
 """What `extract --parts` calls the part maps that people drew (`partlearn/true_parts.py`)."""
 

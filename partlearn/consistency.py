@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from partlearn.encoders import Encoder, Tokens
+from encoders.frozen import Encoder, Tokens
 from training.augment import crop, jitter_colour, random_places, step_generator, unit
 
 SCALE, JITTER = (0.4, 1.0), 0.4

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from encoders.frozen import CPU
+from encoders.load import load_encoder
 from partlearn.config import EncoderConfig
-from partlearn.encoders import CPU, load_encoder
 from partlearn.from_teacher import FromTeacher
 from partlearn.monitor import Monitor
 from partlearn.objective import Objective

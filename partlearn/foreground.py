@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.encoders import Tokens
+from encoders.frozen import Tokens
 
 Scorer = Literal["contrast", "border", "component", "cut", "attention"]
 LINKED = 0.2

@@ -8,11 +8,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.frozen import Encoder
+from encoders.whitening import whitening_from
 from partlearn.config import EncoderConfig
 from partlearn.crops import draw_twins
-from partlearn.encoders import Encoder
 from partlearn.objective import Losses, Objective
-from partlearn.parts import whitening_from
 from partlearn.student import blocks_of, new_student, vit_tokens
 from training import distributed
 from training.augment import normalised

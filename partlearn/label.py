@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import UInt8, UInt16
 
+from encoders.frozen import CPU, Tokens
+from encoders.load import load_encoder
 from partlearn.baselines import NAMES, Baseline
-from partlearn.encoders import CPU, Tokens, load_encoder
 from partlearn.foreground import confidence
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError

@@ -10,12 +10,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.frozen import Tokens
+from encoders.load import SMALL
+from encoders.whitening import centred_tokens
 from partlearn.affinity import diffused
 from partlearn.baselines import NAMES
 from partlearn.decoder import PictureDecoder, blur
-from partlearn.encoders import SMALL, Tokens
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
-from partlearn.parts import PartAttention, Prototypes, Softmax, balanced, centred_tokens, part_maps
+from partlearn.parts import PartAttention, Prototypes, Softmax, balanced, part_maps
 from training.checkpoint import CheckpointError, find, load_tensors
 
 

@@ -123,27 +123,3 @@ def part_maps(
     if softmax == "parts":
         return logits.softmax(dim=1) * inside[:, None]
     return balanced(logits, softmax, inside).exp() * inside[:, None] * inside.sum(dim=1)[:, None, None]
-
-
-def centred_tokens(
-    tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"]
-) -> Float[Tensor, "batch patches dim"]:
-    """What a token is within its picture: less the mean of the inside cells. Raw tokens spend the parts on classes."""
-    weight = inside[..., None].to(tokens.dtype)
-    return tokens - (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-
-
-def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:
-    """The whitening of points around their mean: parts lie in directions of small variance (partlearn/RESULTS.md)."""
-    centred = (points - points.mean(dim=0)).double()
-    return whitening_from(centred.T @ centred / len(points), width).to(points.dtype)
-
-
-def whitening_from(covariance: Float[Tensor, "dim dim"], width: int) -> Float[Tensor, "dim width"]:
-    """The `width` leading principal directions, each divided by the deviation along it.
-
-    Or by a hundredth of the largest deviation, where it is less: of few points, some directions hold nothing to see.
-    """
-    variances, directions = torch.linalg.eigh(covariance.double())
-    least = max(1e-4 * variances[-1].item(), 1e-12)
-    return (directions[:, -width:] / variances[-width:].clamp(min=least).sqrt()).to(covariance.dtype)

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from timm.models.eva import Eva
 from torch import Tensor
 
+from encoders.frozen import Encoder, Tokens
+from encoders.whitening import whitening_of
 from partlearn.config import LearnConfig
-from partlearn.encoders import Encoder, Tokens
 from partlearn.kmeans import spherical_kmeans
 from partlearn.learner import PartLearner
-from partlearn.parts import whitening_of
 from partlearn.view_tokens import Views
 from training.progress import Progress
 

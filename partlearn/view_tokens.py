@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from encoders.frozen import Encoder, Tokens
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, look_again
-from partlearn.encoders import Encoder, Tokens
 from shards.image_batches import PictureBatches
 from shards.images import PictureList
 from shards.order import permutation

@@ -129,7 +129,7 @@ def demo(config: DemoConfig) -> None:
     stages = Stages(config, str(pictures / "train") if procedural else str(config.images))
     classes = list_pictures(stages.images).classes
 
-    parts = _learn_parts(stages) if procedural else Path("small")  # partlearn/small/README.md
+    parts = _learn_parts(stages) if procedural else Path("small")  # encoders/builtin/README.md
     _step(
         "shards",
         "labels beside every picture",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from partlearn.encoders import Encoder, Tokens
+from encoders.frozen import Encoder, Tokens
 
 GRID, CELL, DIM, PARTS = 16, 4, 64, 6
 PALETTE = torch.tensor(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.drawn import Drawn, drawn
 from benchmarks.prepared import some_pictures
+from encoders.load import load_encoder
 from partlearn import update
 from partlearn.config import EncoderConfig, LearnConfig
 from partlearn.distill import new_objective
-from partlearn.encoders import load_encoder
 from partlearn.learn import new_learner, new_optimiser
 from partlearn.learn import train_step as learn_step
 from partlearn.learner import PartLearner

@@ -19,10 +19,10 @@ from benchmarks.on_gpu.case import Bars, Bench, Case, Unfinished
 from benchmarks.on_gpu.timing import peak_memory, seconds_of
 from benchmarks.prepared import some_pictures
 from benchmarks.rounds import Row, exact
+from encoders.load import load_encoder
 from evaluate.part_scores import control_rows, score_labellers
 from evaluate.truth import TruthSet
 from partlearn.config import LearnConfig
-from partlearn.encoders import load_encoder
 from partlearn.label import Labeller
 from partlearn.learn import learn, new_learner, new_optimiser, train_step
 from partlearn.start import start

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from encoders.load import load_encoder
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.features import extract_features, held_out, kept_patches, load_split, train_and_test
 from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.result import Result, append_results, results_path
-from partlearn.encoders import load_encoder
 from training.checkpoint import save
 
 FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import photographs
 
+from encoders.frozen import Encoder, Tokens
+from encoders.load import load_encoder
 from evaluate.part_quality import ari
 from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding
 from partlearn.build import never_alone
 from partlearn.config import ExtractConfig
-from partlearn.encoders import Encoder, Tokens, load_encoder
 from partlearn.label import Labeller
 from pipeline.extract import extract
 from shards.order import permutation

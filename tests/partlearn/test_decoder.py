@@ -10,9 +10,10 @@ import torch
 from conftest import photographs
 from oracle import GRID, PARTS, Oracle, painted, read_all
 
+from encoders.frozen import Encoder
+from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.decoder import AdaIN, PictureDecoder
-from partlearn.encoders import Encoder, load_encoder
 from partlearn.learn import _loss, learn, new_learner
 from partlearn.learner import PartLearner, load_learner
 from partlearn.losses import pixel_loss

@@ -11,9 +11,9 @@ from stripes import draw_stripes, tiny
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from encoders.load import load_encoder
 from partlearn import distill_loss
 from partlearn.distill import distill, new_objective
-from partlearn.encoders import load_encoder
 from partlearn.update import new_optimizer
 from training.batch_norm import BatchNorm
 from training.checkpoint import find, load_state, load_tensors, newest

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from partlearn.encoders import Tokens
+from encoders.frozen import Tokens
 from partlearn.foreground import (
     border_distance,
     confidence,

@@ -9,8 +9,8 @@ import torch
 from stripes import draw_stripes, tiny
 from torch.nn import functional as F
 
+from encoders.load import load_encoder
 from partlearn.distill import distill, new_objective
-from partlearn.encoders import load_encoder
 from partlearn.from_teacher import cosine_loss, running_mean, told_apart
 from partlearn.student import vit_tokens
 from partlearn.update import new_optimizer

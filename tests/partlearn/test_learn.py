@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import photographs
 
+from encoders.frozen import Encoder
+from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.encoders import Encoder, load_encoder
 from partlearn.label import Labeller
 from partlearn.learn import learn, new_learner
 from partlearn.learner import load_learner

@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from encoders.load import load_encoder
+from encoders.whitening import centred_tokens
 from partlearn.decoder import PictureDecoder, blur
-from partlearn.encoders import load_encoder
 from partlearn.foreground import border_cells, border_distance, foreground_rank
 from partlearn.kmeans import spherical_kmeans
 from partlearn.losses import balance_loss, diversity_loss, feature_loss
-from partlearn.parts import PartAttention, balanced, centred_tokens, part_maps
+from partlearn.parts import PartAttention, balanced, part_maps
 
 
 def everywhere(batch: int, patches: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """One file of half the bytes out of a run of `encoder`, to be given away: fp16 weights and what builds their ViT.
 
-python -m partlearn.export runs/encoder encoder.safetensors
+python -m encoders.export runs/encoder encoder.safetensors
 """
 
 import sys

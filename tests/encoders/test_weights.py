@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-from partlearn.encoders import load_encoder
-from partlearn.weights import read_weights, resize_positions
+from encoders.load import load_encoder
+from encoders.weights import read_weights, resize_positions
 from training.checkpoint import CheckpointError
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.architecture import ViT
+from encoders.architecture import ViT
 from training.checkpoint import CheckpointError, find, load_tensors
 
 WRAPPERS = ("teacher", "state_dict", "model", "student")  # in this order: a teacher is better than its student

@@ -7,8 +7,8 @@ from timm.layers import Attention, AttentionRope, LayerNorm
 from timm.models.eva import EvaAttention
 from torch.nn import functional as F
 
-from partlearn.architecture import checked, class_attention
-from partlearn.encoders import load_encoder
+from encoders.architecture import checked, class_attention
+from encoders.load import load_encoder
 
 REGISTERS, DINOV3, DINOV3_BIASED = (
     "vit_small_patch14_reg4_dinov2",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from partlearn.encoders import SMALL
-from partlearn.export import export
+from encoders.export import export
+from encoders.load import SMALL
 from partlearn.label import Labeller
 from training.checkpoint import load_tensors, write_tensors
 

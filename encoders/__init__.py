@@ -1,0 +1,1 @@
+"""Any Vision Transformer, from any file: frozen for the stages, or trained here."""
