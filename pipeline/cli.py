@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from encoders.distill.config import EncoderConfig
 from evaluate.config import KnnConfig, ProbeConfig
-from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
+from partlearn.config import ExtractConfig, LearnConfig
 from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
 from pretrain.config import PretrainConfig
 
@@ -26,7 +27,7 @@ def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
       semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
       semmae encoder --images photos/ --teacher timm:vit_small_patch14_dinov2=FILE --out runs/small --dim 192 --heads 3
     """
-    from partlearn.distill import distill
+    from encoders.distill.train import distill
 
     _say(distill(config))
 

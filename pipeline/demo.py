@@ -11,11 +11,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from encoders.distill.config import EncoderConfig
+from encoders.distill.train import distill
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.knn import knn
 from evaluate.linear import probe
-from partlearn.config import EncoderConfig, ExtractConfig, LearnConfig
-from partlearn.distill import distill
+from partlearn.config import ExtractConfig, LearnConfig
 from partlearn.learn import learn
 from pipeline.config import DemoConfig
 from pipeline.creatures import write_creatures

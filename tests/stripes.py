@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from partlearn.config import EncoderConfig
+from encoders.distill.config import EncoderConfig
 from training.config import RunConfig
 
 TINY = {

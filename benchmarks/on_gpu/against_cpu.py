@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.drawn import Drawn, drawn
 from benchmarks.prepared import some_pictures
+from encoders.distill import train as distillation
+from encoders.distill.config import EncoderConfig
+from encoders.distill.train import new_objective
 from encoders.load import load_encoder
-from partlearn import update
-from partlearn.config import EncoderConfig, LearnConfig
-from partlearn.distill import new_objective
+from partlearn.config import LearnConfig
 from partlearn.learn import new_learner, new_optimiser
 from partlearn.learn import train_step as learn_step
 from partlearn.learner import PartLearner
@@ -141,8 +142,8 @@ def encoder_step(bench: Bench, device: torch.device, precision: str, *, teacher:
     config = encoder_config(bench, bench.out, teacher=teacher, precision=precision)
     objective = new_objective(config, device)
     images = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
-    optimizer = update.new_optimizer(objective, config)
-    shown = update.train_step(objective, optimizer, images, config, step=0, total=10)
+    optimizer = distillation.new_optimizer(objective, config)
+    shown = distillation.train_step(objective, optimizer, images, config, step=0, total=10)
     return shown["loss_class"] + shown["loss_patch"], gradients(objective.parameters())
 
 

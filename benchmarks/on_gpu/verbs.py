@@ -17,6 +17,7 @@ from benchmarks.on_gpu.against_cpu import CPU, SIZE, Stepped, drawings, first_ba
 from benchmarks.on_gpu.case import Bars, Bench, Case
 from benchmarks.on_gpu.drawn import source_of
 from benchmarks.rounds import Row, exact
+from encoders.distill.train import distill
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.knn import knn
 from evaluate.linear import probe
@@ -24,7 +25,6 @@ from evaluate.part_scores import score_labellers
 from evaluate.truth import TruthSet
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
-from partlearn.distill import distill
 from partlearn.label import Labeller
 from partlearn.learn import learn
 from pretrain.train import build, new_optimizer, pretrain, train_step

@@ -1,4 +1,4 @@
-"""Slow twins of partlearn/distill_loss.py and of the crops: loops over pictures, pairs and pixels."""
+"""Slow twins of encoders/distill/losses.py and of the crops: loops over pictures, pairs and pixels."""
 
 import math
 

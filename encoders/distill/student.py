@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from encoders.distill.config import EncoderConfig
 from encoders.frozen import Encoder
 from encoders.weights import load_strictly
-from partlearn.config import EncoderConfig
 
 
 def new_student(config: EncoderConfig) -> VisionTransformer:

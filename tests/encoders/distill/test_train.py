@@ -11,10 +11,9 @@ from stripes import draw_stripes, tiny
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from encoders.distill import losses
+from encoders.distill.train import distill, new_objective, new_optimizer
 from encoders.load import load_encoder
-from partlearn import distill_loss
-from partlearn.distill import distill, new_objective
-from partlearn.update import new_optimizer
 from training.batch_norm import BatchNorm
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
@@ -41,23 +40,19 @@ def distribution(*shape: int) -> torch.Tensor:
 def test_class_loss_is_dinos_double_loop():
     student, teacher = torch.randn(5, 3, 7), distribution(2, 3, 7)
 
-    assert distill_loss.class_loss(student, teacher).item() == pytest.approx(
-        slow.class_loss(student, teacher), rel=1e-4
-    )
+    assert losses.class_loss(student, teacher).item() == pytest.approx(slow.class_loss(student, teacher), rel=1e-4)
 
 
 def test_patch_loss_is_the_mean_cross_entropy_at_hidden_patches():
     student, teacher = torch.randn(9, 7), distribution(9, 7)
 
-    assert distill_loss.patch_loss(student, teacher).item() == pytest.approx(
-        slow.patch_loss(student, teacher), rel=1e-4
-    )
+    assert losses.patch_loss(student, teacher).item() == pytest.approx(slow.patch_loss(student, teacher), rel=1e-4)
 
 
 def test_a_centred_teacher_favours_what_it_seldom_says():
     logits, centre = torch.zeros(1, 3), torch.tensor([0.1, 0.0, 0.0])
 
-    centred = distill_loss.targets(logits, centre, 0.5)[0]
+    centred = losses.targets(logits, centre, 0.5)[0]
 
     assert centred[1] == pytest.approx(centred[2].item())
     assert (centred[1] / centred[0]).log().item() == pytest.approx(3**0.5 / 0.5, rel=1e-4)
@@ -68,7 +63,7 @@ def test_the_spread_tells_both_collapses_from_none():
     one = torch.eye(8)[[0] * 8]
     apart = torch.eye(8)
 
-    told = [distill_loss.spread(teacher)["told_apart"] for teacher in (same, one, apart)]
+    told = [losses.spread(teacher)["told_apart"] for teacher in (same, one, apart)]
 
     assert told == pytest.approx([0, 0, np.log(8)], abs=1e-5)
 

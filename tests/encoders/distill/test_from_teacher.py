@@ -9,11 +9,10 @@ import torch
 from stripes import draw_stripes, tiny
 from torch.nn import functional as F
 
+from encoders.distill.from_teacher import cosine_loss, running_mean, told_apart
+from encoders.distill.student import vit_tokens
+from encoders.distill.train import distill, new_objective, new_optimizer
 from encoders.load import load_encoder
-from partlearn.distill import distill, new_objective
-from partlearn.from_teacher import cosine_loss, running_mean, told_apart
-from partlearn.student import vit_tokens
-from partlearn.update import new_optimizer
 from shards.image_batches import PictureBatches
 from shards.images import list_pictures
 from training.checkpoint import CheckpointError, find, load_state, load_tensors, newest

@@ -7,19 +7,21 @@ torchrun --nproc-per-node 8 -m -- pipeline encoder --images DIR --out runs/encod
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
+from encoders.distill.config import EncoderConfig
+from encoders.distill.from_teacher import FromTeacher
+from encoders.distill.monitor import Monitor
+from encoders.distill.objective import Objective
+from encoders.distill.self_distillation import StudentTeacher
+from encoders.distill.student import vit_description
 from encoders.frozen import CPU
 from encoders.load import load_encoder
-from partlearn.config import EncoderConfig
-from partlearn.from_teacher import FromTeacher
-from partlearn.monitor import Monitor
-from partlearn.objective import Objective
-from partlearn.objective_checkpoint import resume, save
-from partlearn.student_teacher import StudentTeacher
-from partlearn.update import new_optimizer, train_step
 from shards.image_batches import PictureBatches
 from shards.images import PictureList, list_pictures
 from training import checkpoint, distributed
@@ -27,6 +29,9 @@ from training.device import pick_device, plain_attention_on_cpu
 from training.metrics import Metrics, last_figures
 from training.progress import Progress
 from training.run_folder import RunFolder
+from training.schedule import learning_rate
+
+GRADIENT_NORM = 3.0
 
 COLLAPSED = 0.02
 
@@ -169,3 +174,79 @@ def _unreadable(batches: PictureBatches, count: int, device: torch.device) -> in
     found = torch.zeros(count, device=device)
     found[list(batches.unreadable)] = 1
     return int((distributed.mean(found) > 0).sum())
+
+
+def new_optimizer(objective: Objective, config: EncoderConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; biases, norms, positions, class and mask token do not decay."""
+    trained = [(name, weight) for name, weight in objective.named_parameters() if weight.requires_grad]
+    flat = [weight for name, weight in trained if weight.ndim < 2 or name.endswith(("pos_embed", "cls_token"))]
+    kept = {id(weight) for weight in flat}
+    decayed = [weight for _, weight in trained if id(weight) not in kept]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0)
+
+
+def train_step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    images: UInt8[Tensor, "batch height width 3"],
+    config: EncoderConfig,
+    *,
+    step: int,
+    total: int,
+) -> dict[str, float]:
+    """One update from this rank's block of the batch; returns what the log shows, of the whole batch."""
+    per_epoch = total / config.epochs
+    rate = learning_rate(
+        step,
+        peak=config.base_lr * config.batch_size / 256,
+        warmup_steps=round(config.warmup_epochs * per_epoch),
+        total_steps=total,
+        final=1e-6,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    losses = objective.losses(images, step=step)
+    optimizer.zero_grad()
+    (losses.of_class + losses.of_patch).backward()
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    distributed.average_gradients(trained)  # no DDP: its reductions would meet those of the head's batch norm
+    norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
+    optimizer.step()
+    objective.follow(step / total)
+    of_class, of_patch = distributed.mean(torch.stack([losses.of_class, losses.of_patch])).tolist()
+    shown = {"loss_class": of_class, "loss_patch": of_patch, **losses.shown}
+    return shown | {"lr": rate, "gradient_norm": norm.item()}
+
+
+def save(run: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer, config: EncoderConfig) -> None:
+    """Write a checkpoint, on the main rank."""
+    if not distributed.is_main():
+        return
+    vit = {
+        **vit_description(objective.encoder, config.size),
+        "mean": list(objective.mean),
+        "std": list(objective.std),
+        "source": "encoder",
+    }
+    inside = f"{objective.saved}."
+    rest = {name: value for name, value in objective.state_dict().items() if not name.startswith(inside)}
+    checkpoint.save(
+        run,
+        step,
+        objective.encoder.state_dict(),
+        metadata={"vit": vit},
+        state={"rest": rest, "optimizer": optimizer.state_dict()},
+    )
+
+
+def resume(run: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from the run's newest checkpoint; returns the steps done."""
+    newest = checkpoint.newest(run)
+    if newest is None:
+        return 0
+    encoder, _ = checkpoint.load_tensors(newest / "model.safetensors")
+    state = checkpoint.load_state(newest)
+    objective.load_state_dict(state["rest"] | {f"{objective.saved}.{name}": each for name, each in encoder.items()})
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from partlearn.student import vit_tokens
+from encoders.distill.student import vit_tokens
 from shards.decode import PictureError, decode_rgb, square
 from shards.images import Picture, list_pictures, read_bytes
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit

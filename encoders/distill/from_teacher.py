@@ -8,12 +8,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.distill.config import EncoderConfig
+from encoders.distill.crops import draw_twins
+from encoders.distill.objective import Losses, Objective
+from encoders.distill.student import blocks_of, new_student, vit_tokens
 from encoders.frozen import Encoder
 from encoders.whitening import whitening_from
-from partlearn.config import EncoderConfig
-from partlearn.crops import draw_twins
-from partlearn.objective import Losses, Objective
-from partlearn.student import blocks_of, new_student, vit_tokens
 from training import distributed
 from training.augment import normalised
 from training.checkpoint import CheckpointError

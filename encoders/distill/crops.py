@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from partlearn.config import EncoderConfig
+from encoders.distill.config import EncoderConfig
 from training.augment import crop, jitter_colour, normalised, random_places, step_generator, unit
 from training.block_masks import block_masks
 

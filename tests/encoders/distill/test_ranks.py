@@ -10,14 +10,14 @@ import pytest
 import torch
 from stripes import TINY, draw_stripes, tiny
 
-from partlearn.crops import draw_crops
-from partlearn.distill import distill
+from encoders.distill.crops import draw_crops
+from encoders.distill.train import distill
 from shards.image_batches import PictureBatches
 from shards.images import list_pictures
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 3
 SETTINGS = TINY | {"warmup_epochs": 0, "epochs": 2}
 SCRIPT = """
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 import torch
 from stripes import tiny
-from partlearn.distill import distill
+from encoders.distill.train import distill
 from training import distributed
 torch.set_num_threads(1)
 images, out, settings = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3])

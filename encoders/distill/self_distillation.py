@@ -6,11 +6,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from partlearn.config import EncoderConfig
-from partlearn.crops import GLOBAL_CROPS, draw_crops
-from partlearn.distill_loss import Head, class_loss, moved_centre, patch_loss, spread, targets
-from partlearn.objective import Losses, Objective
-from partlearn.student import new_student, vit_tokens
+from encoders.distill.config import EncoderConfig
+from encoders.distill.crops import GLOBAL_CROPS, draw_crops
+from encoders.distill.losses import Head, class_loss, moved_centre, patch_loss, spread, targets
+from encoders.distill.objective import Losses, Objective
+from encoders.distill.student import new_student, vit_tokens
 from training import distributed
 from training.device import autocast
 from training.schedule import cosine

@@ -1,0 +1,78 @@
+"""What the verb `encoder` computes."""
+
+from dataclasses import dataclass
+
+from training.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """A small ViT trained on a folder of pictures: by DINO + iBOT self-distillation, or from a larger frozen one."""
+
+    images: str
+    """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
+    teacher: str | None = None
+    """Frozen encoder whose tokens are learned: small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
+    teacher_blocks: tuple[int, ...] = ()
+    """The student begins as these blocks of the teacher (from 0), with its patches and positions, and its tokens
+    themselves learn to point where the teacher's do; --patch, --dim, --depth and --heads go unused. Else it is drawn at
+    random, and a linear map of its tokens learns it."""
+    class_weight: float = 1.0
+    """With --teacher: weight of the class token's loss; 0 teaches patches alone, and better (parts need no more)."""
+    size: int = 224
+    """Side of a (global) crop in pixels."""
+    local_size: int = 96
+    """Side of a local crop in pixels."""
+    local_crops: int = 6
+    """Local crops a picture."""
+    patch: int = 16
+    """Patch side in pixels."""
+    dim: int = 384
+    """Width of the ViT."""
+    depth: int = 12
+    """Blocks of the ViT."""
+    heads: int = 6
+    """Attention heads a block."""
+    prototypes: int = 4096
+    """Outputs of the projection head, shared by class and patch tokens."""
+    mask_share: float = 0.3
+    """Share of a global crop's patches hidden from the student, in block-shaped pieces."""
+    epochs: int = 100
+    """Passes over the pictures; 0 leaves an untrained encoder, for a control."""
+    batch_size: int = 256
+    """Pictures a step, over all ranks."""
+    base_lr: float = 5e-4
+    """Learning rate at 256 pictures a step; scales with the batch."""
+    warmup_epochs: float = 10.0
+    """Epochs of rising learning rate."""
+    weight_decay: float = 0.04
+    """AdamW's decay; none on biases and norms."""
+    teacher_momentum: float = 0.996
+    """Momentum of the teacher's weights at the start; a cosine takes it to 1."""
+    knn: str | None = None
+    """A folder of class folders: their k-NN accuracy (leave-one-out, 2,000 pictures at most) is logged as `knn`."""
+    knn_epochs: int = 10
+    """Epochs between two measurements; there is always one at the end."""
+    seed: int = 0
+    """The one seed of the run."""
+    run: RunConfig
+
+    def __post_init__(self):
+        if len(set(self.teacher_blocks)) < len(self.teacher_blocks):
+            raise ValueError(f"--teacher-blocks must differ from each other, got {self.teacher_blocks}")
+        if self.teacher_blocks and self.teacher is None:
+            raise ValueError("--teacher-blocks needs the --teacher whose blocks they are")
+        for name in () if self.teacher_blocks else ("size", "local_size") if self.teacher is None else ("size",):
+            if getattr(self, name) % self.patch:
+                raise ValueError(f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads {self.heads}, got {self.dim}")
+        if not 0 <= self.mask_share < 1:
+            raise ValueError(f"mask_share must lie in [0, 1), got {self.mask_share}")
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"epochs must not be negative and batch_size at least 1, got {self.epochs} and {self.batch_size}"
+            )
+        if self.knn_epochs < 1:
+            raise ValueError(f"knn_epochs must be at least 1, got {self.knn_epochs}")
