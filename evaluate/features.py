@@ -5,78 +5,24 @@ that a shard set, square already, shows what a folder of the same pictures shows
 """
 
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Integer, UInt8
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from evaluate.config import FeatureConfig
+from evaluate.data import Split, held_out, load_split, same_classes
 from shards.atomic import sha256_file, sha256_json
-from shards.batches import in_order
-from shards.decode import PictureError, decode_rgb, square
-from shards.images import Picture, PictureList, list_pictures, read_bytes
-from shards.order import permutation
 from shards.shard_set import ShardSet
 from training.checkpoint import find
 from training.device import pick_device
 from training.progress import Progress
-
-HELD_OUT = 5
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledBatch:
-    """Some pictures of a split, their classes and, from a shard set, their foreground ranks."""
-
-    images: UInt8[np.ndarray, "batch side side 3"]
-    class_ids: Int64[np.ndarray, " batch"]
-    fgrank: Integer[np.ndarray, "batch rows cols"] | None
-
-
-@dataclass(slots=True)
-class Split:
-    """Pictures with classes: a shard set, or a list of files."""
-
-    source: str
-    pictures: ShardSet | PictureList
-    unreadable: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.pictures) if isinstance(self.pictures, ShardSet) else len(self.pictures.pictures)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.pictures.classes)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.pictures.fingerprint if isinstance(self.pictures, ShardSet) else self.pictures.digest
-
-    def batches(self, *, size: int, batch_size: int, threads: int) -> Iterator[LabelledBatch]:
-        """Every picture once, in order. Files that cannot be read are left out and noted in `unreadable`."""
-        if isinstance(self.pictures, ShardSet):
-            for batch in in_order(self.pictures, batch_size=batch_size, threads=threads):
-                yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
-            return
-        self.unreadable.clear()
-        listed = self.pictures.pictures
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(listed), batch_size):
-                chosen = listed[start : start + batch_size]
-                tries = list(pool.map(lambda picture: _pixels(picture, size), chosen))
-                self.unreadable += [found for found in tries if isinstance(found, str)]
-                read = [(p, t) for p, t in zip(chosen, tries, strict=True) if not isinstance(t, str)]
-                if read:
-                    class_ids = np.array([picture.class_id for picture, _ in read], dtype=np.int64)
-                    yield LabelledBatch(np.stack([pixels for _, pixels in read]), class_ids, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,27 +66,6 @@ def train_and_test(config: FeatureConfig) -> TrainAndTest:
         split = features, labels, test_features, same_classes(test_labels, test, train)
         fingerprint = sha256_json([train.fingerprint, test.fingerprint])
     return TrainAndTest(*split, classes, config.checkpoint or config.encoder, checkpoint_sha256, fingerprint)
-
-
-def load_split(data: str, images: str) -> Split:
-    """The shard set at `data`, or else the pictures at `images`.
-
-    Raises:
-        ValueError: Some pictures have no class.
-    """
-    pictures = ShardSet.open(Path(data)) if data else list_pictures(images)
-    split = Split(data or images, pictures)
-    if isinstance(pictures, ShardSet):
-        class_ids = np.asarray(pictures.class_ids)
-    else:
-        class_ids = np.array([picture.class_id for picture in pictures.pictures], dtype=np.int64)
-    missing = int((class_ids < 0).sum())
-    if missing:
-        raise ValueError(
-            f"{missing} of {len(class_ids)} pictures in {split.source} have no class, and this protocol "
-            "needs one for each; sort them into one folder a class"
-        )
-    return split
 
 
 def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
@@ -204,45 +129,3 @@ def kept_patches(
         )
     order = fgrank.reshape(len(fgrank), -1).astype(np.int64).argsort(axis=1, kind="stable")
     return torch.from_numpy(np.sort(order[:, : grid * grid // 4], axis=1))
-
-
-def held_out(count: int, seed: int) -> Tensor:
-    """True for every fifth of `count` pictures in the order that `seed` gives.
-
-    Raises:
-        ValueError: There are fewer than five.
-    """
-    if count < HELD_OUT:
-        raise ValueError(
-            f"holding out every {HELD_OUT}th picture needs at least {HELD_OUT} pictures, got {count}; "
-            "add pictures or a test split (--val-data, --val-images)"
-        )
-    held = torch.zeros(count, dtype=torch.bool)
-    held[torch.from_numpy(np.asarray(permutation(count, seed=seed, epoch=0)))[::HELD_OUT]] = True
-    return held
-
-
-def same_classes(labels: Int64[Tensor, " pictures"], test: Split, train: Split) -> Int64[Tensor, " pictures"]:
-    """Class ids of the test split in the training split's numbers, matched by name where both have names.
-
-    Raises:
-        ValueError: The test split has a class that the training split lacks.
-    """
-    if not test.classes or not train.classes or test.classes == train.classes:
-        return labels
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise ValueError(
-            f"{test.source} has {len(unknown)} classes that {train.source} lacks ({', '.join(unknown[:3])}); "
-            "both splits need the same class names"
-        )
-    return torch.tensor([train.classes.index(name) for name in test.classes])[labels]
-
-
-def _pixels(picture: Picture, size: int) -> UInt8[np.ndarray, "side side 3"] | str:
-    """A picture's centre square as an array, or why there is none."""
-    try:
-        image, _ = square(decode_rgb(read_bytes(picture)), size)
-    except PictureError as error:
-        return f"{picture.name} ({error})"
-    return np.asarray(image)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from encoders.load import load_encoder
 from evaluate.config import KnnConfig, ProbeConfig
-from evaluate.features import extract_features, held_out, kept_patches, load_split, train_and_test
+from evaluate.data import held_out, load_split
+from evaluate.features import extract_features, kept_patches, train_and_test
 from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.result import Result, append_results, results_path
