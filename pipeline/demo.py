@@ -16,13 +16,13 @@ from encoders.distill.train import distill
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.knn import knn
 from evaluate.linear import probe
+from evaluate.parts.stored import score_against_truth
 from partlearn.config import ExtractConfig, LearnConfig
 from partlearn.learn import learn
 from pipeline.config import DemoConfig
 from pipeline.creatures import write_creatures
 from pipeline.extract import extract
 from pipeline.sheet import draw_sheet
-from pipeline.truth import score_against_truth
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json

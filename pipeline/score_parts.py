@@ -15,10 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.part_quality import FOREGROUND_COLUMNS, PART_COLUMNS
-from evaluate.part_scores import LABELLINGS, below_centre, control_rows, parts_of, score_labellers
-from evaluate.stability import stability
-from evaluate.truth import TruthSet
+from evaluate.parts.metrics import FOREGROUND_COLUMNS, PART_COLUMNS
+from evaluate.parts.score import LABELLINGS, below_centre, control_rows, parts_of, score_labellers
+from evaluate.parts.stability import stability
+from evaluate.parts.views import TruthSet
 from partlearn.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.config import SMALL_READS
 from partlearn.label import Labeller

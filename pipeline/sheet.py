@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.truth import parts_of_set
+from evaluate.parts.stored import parts_of_set
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masks import Masked, mask_batch
 from pretrain.train import MEAN, STD, build

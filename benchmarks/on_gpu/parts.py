@@ -20,8 +20,8 @@ from benchmarks.on_gpu.timing import peak_memory, seconds_of
 from benchmarks.prepared import some_pictures
 from benchmarks.rounds import Row, exact
 from encoders.load import load_encoder
-from evaluate.part_scores import control_rows, score_labellers
-from evaluate.truth import TruthSet
+from evaluate.parts.score import control_rows, score_labellers
+from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller
 from partlearn.learn import learn, new_learner, new_optimiser, train_step

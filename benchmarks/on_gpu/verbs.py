@@ -21,8 +21,8 @@ from encoders.distill.train import distill
 from evaluate.config import KnnConfig, ProbeConfig
 from evaluate.knn import knn
 from evaluate.linear import probe
-from evaluate.part_scores import score_labellers
-from evaluate.truth import TruthSet
+from evaluate.parts.score import score_labellers
+from evaluate.parts.views import TruthSet
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
 from partlearn.label import Labeller

@@ -10,7 +10,7 @@ from conftest import photographs
 
 from encoders.frozen import Encoder, Tokens
 from encoders.load import load_encoder
-from evaluate.part_quality import ari
+from evaluate.parts.metrics import ari
 from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding
 from partlearn.build import never_alone
 from partlearn.config import ExtractConfig

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from oracle import GRID, PARTS, Oracle, painted, read_all
 
-from evaluate.part_quality import ari
+from evaluate.parts.metrics import ari
 from partlearn.config import LearnConfig
 from partlearn.learn import learn
 from partlearn.learner import load_learner

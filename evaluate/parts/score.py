@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Integer, UInt8
 
-from evaluate.part_quality import areas, ari, flip_agreement, flip_inside, score, shortcuts
-from evaluate.truth import TruthSet, View, shift_cells
+from evaluate.parts.metrics import areas, ari, flip_agreement, flip_inside, score, shortcuts
+from evaluate.parts.views import TruthSet, View, shift_cells
 from partlearn.label import Labeller
 
 BATCH = 16

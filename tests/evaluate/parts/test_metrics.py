@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.clustering import pair_ari, stepwise_ap, summed_nmi
 
-from evaluate.controls import bands, border_distance_rgb, cell_colours, centre_prior, colour_clusters, darkness
-from evaluate.part_quality import (
+from evaluate.parts.metrics import (
     areas,
     ari,
     average_precision,
@@ -25,6 +24,7 @@ from evaluate.part_quality import (
     speckle,
     speckle_inside,
 )
+from evaluate.parts.shortcuts import bands, border_distance_rgb, cell_colours, centre_prior, colour_clusters, darkness
 from partlearn.health import speckle as health_speckle
 
 labellings = st.integers(2, 24).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2))

@@ -8,7 +8,7 @@ import pytest
 from conftest import write_samples
 from PIL import Image
 
-from pipeline.truth import parts_of_set, score_against_truth
+from evaluate.parts.stored import parts_of_set, score_against_truth
 from shards.sample import LabelledPicture
 from shards.shard_set import ShardSet
 from training.contact_sheet import BACKGROUND, tinted

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.stability import matched_iou, stability
+from evaluate.parts.stability import matched_iou, stability
 
 
 def cells(*labels: int) -> np.ndarray:

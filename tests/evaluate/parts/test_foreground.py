@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate.foreground_iou import best_iou, quarter_iou
+from evaluate.parts.foreground import best_iou, quarter_iou
 
 
 def test_the_best_cut_by_hand():

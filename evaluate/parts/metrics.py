@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
-from evaluate.controls import (
+from evaluate.parts.foreground import at_thresholds, best_iou, quarter_iou
+from evaluate.parts.shortcuts import (
     bands,
     border_distance_rgb,
     centre_prior,
     colour_clusters,
     darkness,
 )
-from evaluate.foreground_iou import at_thresholds, best_iou, quarter_iou
 from shards.truth import UNKNOWN
 
 BANDS, STRATUM_BANDS, PERMUTATIONS = 6, 4, 10

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.part_quality import score, shortcuts
-from evaluate.part_scores import background_first
+from evaluate.parts.metrics import score, shortcuts
+from evaluate.parts.score import background_first
 from shards.batches import in_order
 from shards.index import BOX, read_column
 from shards.shard_set import ShardSet

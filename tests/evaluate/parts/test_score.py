@@ -11,9 +11,9 @@ import pytest
 from conftest import small_parts
 from PIL import Image
 
-from evaluate.part_quality import beyond_other
-from evaluate.part_scores import BATCH, below_centre, labels_of, shift_ari
-from evaluate.truth import TruthSet
+from evaluate.parts.metrics import beyond_other
+from evaluate.parts.score import BATCH, below_centre, labels_of, shift_ari
+from evaluate.parts.views import TruthSet
 from partlearn.baselines import NAMES
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller

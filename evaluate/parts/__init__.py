@@ -1,0 +1,1 @@
+"""Part labels and foreground ranks against truth, shortcuts and themselves."""
