@@ -16,8 +16,8 @@ from benchmarks.rounds import PLENTY, Block, Report, gate_in_words, summary
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig, LearnConfig
 from partlearn.label import Labeller, Labels
-from partlearn.learn import learn
 from partlearn.sources import FromPictures
+from partlearn.train import learn
 from shards.images import PictureList, read_bytes
 from training.config import RunConfig
 from training.device import pick_device

@@ -9,9 +9,9 @@ from benchmarks.prepared import some_pictures
 from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, summary
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.learn import new_learner, new_optimiser, train_step
-from partlearn.start import start
-from partlearn.view_tokens import View, Views
+from partlearn.crops import View, Views
+from partlearn.initialise import start
+from partlearn.train import new_learner, new_optimiser, train_step
 from training.config import RunConfig
 from training.device import pick_device
 

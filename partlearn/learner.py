@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from encoders.frozen import Tokens
 from encoders.load import SMALL
 from encoders.whitening import centred_tokens
-from partlearn.affinity import diffused
+from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
 from partlearn.baselines import NAMES
 from partlearn.decoder import PictureDecoder, blur
+from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
-from partlearn.parts import PartAttention, Prototypes, Softmax, balanced, part_maps
 from training.checkpoint import CheckpointError, find, load_tensors
 
 

@@ -38,7 +38,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
     For example:
       semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --out runs/parts
     """
-    from partlearn.learn import learn
+    from partlearn.train import learn
 
     _train(learn, config, backend, num_workers)
     if _is_main():

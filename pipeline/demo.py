@@ -18,7 +18,7 @@ from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.parts.stored import score_against_truth
 from partlearn.config import ExtractConfig, LearnConfig
-from partlearn.learn import learn
+from partlearn.train import learn
 from pipeline.config import DemoConfig
 from pipeline.creatures import write_creatures
 from pipeline.extract import extract

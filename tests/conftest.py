@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import fs
 
 from partlearn.config import LearnConfig
-from partlearn.learn import learn
+from partlearn.train import learn
 from shards import storage
 from shards.build import finalise, open_plan
 from shards.sample import LabelledPicture

@@ -17,11 +17,11 @@ from encoders.distill.config import EncoderConfig
 from encoders.distill.train import new_objective
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.learn import new_learner, new_optimiser
-from partlearn.learn import train_step as learn_step
+from partlearn.crops import View, Views
+from partlearn.initialise import start
 from partlearn.learner import PartLearner
-from partlearn.start import start
-from partlearn.view_tokens import View, Views
+from partlearn.train import new_learner, new_optimiser
+from partlearn.train import train_step as learn_step
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masks import Masked, mask_batch
 from pretrain.train import build, new_optimizer, train_step

@@ -23,10 +23,10 @@ from encoders.load import load_encoder
 from evaluate.parts.score import control_rows, score_labellers
 from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
+from partlearn.crops import Views
+from partlearn.initialise import start
 from partlearn.label import Labeller
-from partlearn.learn import learn, new_learner, new_optimiser, train_step
-from partlearn.start import start
-from partlearn.view_tokens import Views
+from partlearn.train import learn, new_learner, new_optimiser, train_step
 from shards.atomic import read_json
 from shards.images import list_pictures
 from training.config import RunConfig

@@ -26,7 +26,7 @@ from evaluate.parts.views import TruthSet
 from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
 from partlearn.label import Labeller
-from partlearn.learn import learn
+from partlearn.train import learn
 from pretrain.train import build, new_optimizer, pretrain, train_step
 from training import checkpoint
 from training.config import RunConfig

@@ -9,7 +9,7 @@ from conftest import photographs
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, look_again
-from partlearn.view_tokens import CROP_SCALE, Views
+from partlearn.crops import CROP_SCALE, Views
 from shards.images import list_pictures
 from training.augment import random_boxes
 from training.config import RunConfig

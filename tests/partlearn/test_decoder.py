@@ -13,12 +13,12 @@ from oracle import GRID, PARTS, Oracle, painted, read_all
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
+from partlearn.crops import View, Views
 from partlearn.decoder import AdaIN, PictureDecoder
-from partlearn.learn import _loss, learn, new_learner
+from partlearn.initialise import start
 from partlearn.learner import PartLearner, load_learner
 from partlearn.losses import pixel_loss
-from partlearn.start import start
-from partlearn.view_tokens import View, Views
+from partlearn.train import _loss, learn, new_learner
 from shards.images import list_pictures
 from training.config import RunConfig
 

@@ -8,8 +8,8 @@ from oracle import GRID, PARTS, Oracle, painted, read_all
 
 from evaluate.parts.metrics import ari
 from partlearn.config import LearnConfig
-from partlearn.learn import learn
 from partlearn.learner import load_learner
+from partlearn.train import learn
 from training.config import RunConfig
 
 

@@ -4,7 +4,7 @@ from conftest import photographs
 from PIL import Image
 
 from partlearn.config import LearnConfig
-from partlearn.learn import learn
+from partlearn.train import learn
 from pipeline.parts_sheet import show_parts
 from training.config import RunConfig
 from training.contact_sheet import CELL

@@ -103,7 +103,7 @@ def test_the_upload_of_this_checkout_is_its_code(tmp_path):
 
 
 def test_the_largest_are_named_where_they_lie():
-    files = {"data/a/1": 30, "data/b/1": 30, "partlearn/weights/vit.pth": 90, "partlearn/learn.py": 1, "x": 5, "y": 1}
+    files = {"data/a/1": 30, "data/b/1": 30, "partlearn/weights/vit.pth": 90, "partlearn/train.py": 1, "x": 5, "y": 1}
 
     assert largest(files) == [("partlearn/weights/vit.pth", 90), ("data/", 60), ("x", 5)]
 

@@ -17,7 +17,7 @@ from evaluate.parts.views import TruthSet
 from partlearn.baselines import NAMES
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller
-from partlearn.learn import learn
+from partlearn.train import learn
 from pipeline.config import ScorePartsConfig
 from pipeline.score_parts import READ_BLOCK, SHOWN, _figure, _print, score_parts, short_names
 from training.config import RunConfig

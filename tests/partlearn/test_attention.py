@@ -8,11 +8,11 @@ from torch.overrides import TorchFunctionMode
 
 from encoders.load import load_encoder
 from encoders.whitening import centred_tokens
+from partlearn.attention import PartAttention, balanced, part_maps
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.foreground import border_cells, border_distance, foreground_rank
 from partlearn.kmeans import spherical_kmeans
 from partlearn.losses import balance_loss, diversity_loss, feature_loss
-from partlearn.parts import PartAttention, balanced, part_maps
 
 
 def everywhere(batch: int, patches: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.label import Labeller
-from partlearn.learn import learn, new_learner
 from partlearn.learner import load_learner
+from partlearn.train import learn, new_learner
 from training import checkpoint
 from training.config import RunConfig
 from training.metrics import read_metrics

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from encoders.whitening import whitening_of
-from partlearn.affinity import TEMPERATURE, diffused
+from partlearn.diffusion import TEMPERATURE, diffused
 
 
 def unit_tokens(seed: int, cells: int = 9, dim: int = 5) -> torch.Tensor:

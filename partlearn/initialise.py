@@ -12,9 +12,9 @@ from torch import Tensor
 from encoders.frozen import Encoder, Tokens
 from encoders.whitening import whitening_of
 from partlearn.config import LearnConfig
+from partlearn.crops import Views
 from partlearn.kmeans import spherical_kmeans
 from partlearn.learner import PartLearner
-from partlearn.view_tokens import Views
 from training.progress import Progress
 
 PROTOTYPE_SCALE = 10.0

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from encoders.weights import fingerprint
+from partlearn.attention import part_maps
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, consistency_loss
+from partlearn.crops import View, Views, picture_target
 from partlearn.health import complaints, health
+from partlearn.initialise import start
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
 from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_loss
-from partlearn.parts import part_maps
-from partlearn.start import start
-from partlearn.view_tokens import View, Views, picture_target
 from shards.atomic import sha256_json
 from shards.images import list_pictures
 from training import checkpoint, distributed
