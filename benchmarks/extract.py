@@ -13,10 +13,10 @@ import numpy as np
 from benchmarks.prepared import some_pictures
 from benchmarks.quiet import Meter
 from benchmarks.rounds import PLENTY, Block, Report, gate_in_words, summary
-from partlearn.build import build_shard
 from partlearn.config import ExtractConfig, LearnConfig
-from partlearn.label import Labeller, Labels
-from partlearn.sources import FromPictures
+from partlearn.labelling.learned import Labeller, Labels
+from partlearn.labelling.shard import build_shard
+from partlearn.labelling.sources import FromPictures
 from partlearn.train import learn
 from shards.images import PictureList, read_bytes
 from training.config import RunConfig

@@ -20,7 +20,7 @@ PAPER = {
 SMALL_READS = {"encoder_block": 3, "whiten": 32}
 """What k-means reads best of the encoder `small`: its last norm, in fewer directions (encoders/builtin/README.md)."""
 TRUTH = "truth"
-"""What `extract --parts` calls the part maps that people drew (`partlearn/true_parts.py`)."""
+"""What `extract --parts` calls the part maps that people drew (`partlearn/labelling/truth.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ from encoders.frozen import Tokens
 from encoders.load import SMALL
 from encoders.whitening import centred_tokens
 from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
-from partlearn.baselines import NAMES
 from partlearn.decoder import PictureDecoder, blur
 from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
+from partlearn.labelling.baselines import NAMES
 from training.checkpoint import CheckpointError, find, load_tensors
 
 

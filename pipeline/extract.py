@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from partlearn.baselines import NAMES
-from partlearn.build import AnyLabeller, build_shard
 from partlearn.config import TRUTH, ExtractConfig
-from partlearn.label import Labeller
-from partlearn.sources import FromPictures, Source, open_source
-from partlearn.true_parts import TruthLabeller
+from partlearn.labelling.baselines import NAMES
+from partlearn.labelling.learned import Labeller
+from partlearn.labelling.shard import AnyLabeller, build_shard
+from partlearn.labelling.sources import FromPictures, Source, open_source
+from partlearn.labelling.truth import TruthLabeller
 from pipeline.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
 from shards.build import finalise, open_plan, shard_done

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from partlearn.config import LearnConfig
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
 from shards.atomic import write_whole
 from shards.decode import PictureError, decode_rgb, square
 from shards.images import list_pictures, read_bytes

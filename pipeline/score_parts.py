@@ -19,9 +19,9 @@ from evaluate.parts.metrics import FOREGROUND_COLUMNS, PART_COLUMNS
 from evaluate.parts.score import LABELLINGS, below_centre, control_rows, parts_of, score_labellers
 from evaluate.parts.stability import stability
 from evaluate.parts.views import TruthSet
-from partlearn.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.config import SMALL_READS
-from partlearn.label import Labeller
+from partlearn.labelling.baselines import NAMES, OF_HEADS, Baseline
+from partlearn.labelling.learned import Labeller
 from pipeline.config import ScorePartsConfig
 from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.contact_sheet import ROWS, assemble, tinted

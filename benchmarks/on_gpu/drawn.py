@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from partlearn.build import build_shard
 from partlearn.config import TRUTH, ExtractConfig
-from partlearn.sources import FromPictures
-from partlearn.true_parts import TruthLabeller
+from partlearn.labelling.shard import build_shard
+from partlearn.labelling.sources import FromPictures
+from partlearn.labelling.truth import TruthLabeller
 from shards.build import finalise, open_plan, shard_done
 from shards.images import list_pictures
 from training.config import RunConfig

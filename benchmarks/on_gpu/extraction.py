@@ -16,9 +16,9 @@ from benchmarks.on_gpu.case import Bars, Bench, Case
 from benchmarks.on_gpu.drawn import source_of
 from benchmarks.on_gpu.timing import quartiles, rate, seconds_of
 from benchmarks.rounds import Row, exact
-from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
-from partlearn.sources import Stored
+from partlearn.labelling.shard import build_shard
+from partlearn.labelling.sources import Stored
 from shards.images import list_pictures
 from training.config import RunConfig
 

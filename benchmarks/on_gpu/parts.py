@@ -25,7 +25,7 @@ from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
 from partlearn.crops import Views
 from partlearn.initialise import start
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
 from partlearn.train import learn, new_learner, new_optimiser, train_step
 from shards.atomic import read_json
 from shards.images import list_pictures

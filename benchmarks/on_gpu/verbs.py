@@ -23,9 +23,9 @@ from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.parts.score import score_labellers
 from evaluate.parts.views import TruthSet
-from partlearn.build import build_shard
 from partlearn.config import ExtractConfig
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
+from partlearn.labelling.shard import build_shard
 from partlearn.train import learn
 from pretrain.train import build, new_optimizer, pretrain, train_step
 from training import checkpoint

@@ -9,7 +9,7 @@ from jaxtyping import Integer, UInt8
 
 from evaluate.parts.metrics import areas, ari, flip_agreement, flip_inside, score, shortcuts
 from evaluate.parts.views import TruthSet, View, shift_cells
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
 
 BATCH = 16
 LABELLINGS = 5

@@ -6,7 +6,7 @@ import torch
 
 from encoders.export import export
 from encoders.load import SMALL
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
 from training.checkpoint import load_tensors, write_tensors
 
 

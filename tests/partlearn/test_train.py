@@ -11,7 +11,7 @@ from conftest import photographs
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.label import Labeller
+from partlearn.labelling.learned import Labeller
 from partlearn.learner import load_learner
 from partlearn.train import learn, new_learner
 from training import checkpoint

@@ -14,9 +14,9 @@ from PIL import Image
 from evaluate.parts.metrics import beyond_other
 from evaluate.parts.score import BATCH, below_centre, labels_of, shift_ari
 from evaluate.parts.views import TruthSet
-from partlearn.baselines import NAMES
 from partlearn.config import LearnConfig
-from partlearn.label import Labeller
+from partlearn.labelling.baselines import NAMES
+from partlearn.labelling.learned import Labeller
 from partlearn.train import learn
 from pipeline.config import ScorePartsConfig
 from pipeline.score_parts import READ_BLOCK, SHOWN, _figure, _print, score_parts, short_names

@@ -10,8 +10,8 @@ from jaxtyping import UInt8, UInt16
 
 from encoders.frozen import CPU, Tokens
 from encoders.load import load_encoder
-from partlearn.baselines import NAMES, Baseline
 from partlearn.foreground import confidence
+from partlearn.labelling.baselines import NAMES, Baseline
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
 from training.device import computes_bf16
@@ -36,7 +36,7 @@ class Labeller:
 
     Args:
         parts: Run folder of a part learner, `small` (the one that comes with the project), or the name of a baseline
-            (`partlearn/baselines.py`).
+            (`partlearn/labelling/baselines.py`).
         encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
         grid, block, count: Of a baseline: cells a side (28), the block whose tokens are read, parts.
 

@@ -11,10 +11,10 @@ from conftest import photographs
 from encoders.frozen import Encoder, Tokens
 from encoders.load import load_encoder
 from evaluate.parts.metrics import ari
-from partlearn.baselines import NAMES, Baseline, heads_by_mass, holding
-from partlearn.build import never_alone
 from partlearn.config import ExtractConfig
-from partlearn.label import Labeller
+from partlearn.labelling.baselines import NAMES, Baseline, heads_by_mass, holding
+from partlearn.labelling.learned import Labeller
+from partlearn.labelling.shard import never_alone
 from pipeline.extract import extract
 from shards.order import permutation
 from shards.shard_set import ShardSet

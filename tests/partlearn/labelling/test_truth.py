@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from partlearn.config import ExtractConfig
-from partlearn.sources import Source, open_source
-from partlearn.true_parts import depth_rank
+from partlearn.labelling.sources import Source, open_source
+from partlearn.labelling.truth import depth_rank
 from pipeline.config import VerifyConfig
 from pipeline.extract import Builder, extract, load_labeller
 from pipeline.verify import verify as verify_verb

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int, UInt16
 from scipy import ndimage
 
 from partlearn.config import TRUTH
-from partlearn.label import Labels
-from partlearn.sources import Source, Stored
+from partlearn.labelling.learned import Labels
+from partlearn.labelling.sources import Source, Stored
 from shards.atomic import sha256_file, sha256_json
 from shards.crops import ranked_anew
 from shards.truth import UNKNOWN, TruthFiles, cells_of

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from partlearn.config import ExtractConfig
-from partlearn.label import Labeller
-from partlearn.sources import Load, Source, Stored
-from partlearn.true_parts import TruthLabeller
+from partlearn.labelling.learned import Labeller
+from partlearn.labelling.sources import Load, Source, Stored
+from partlearn.labelling.truth import TruthLabeller
 from shards.sample import LabelledPicture, Rejected
 from shards.writer import write_shard
 
