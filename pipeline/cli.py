@@ -127,7 +127,7 @@ def submit(config: Annotated[SubmitConfig, Plain]) -> None:
     With token authentication, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names the token. For example:
       semmae submit --address http://head:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
     """
-    from pipeline.submit import submit as send
+    from pipeline.cluster.submit import submit as send
 
     send(config)
 
@@ -210,7 +210,7 @@ def _train(function: Any, config: Any, backend: str, workers: int) -> None:
     if backend == "local":
         _say(function(config))
         return
-    from pipeline.cluster import train_on_ray
+    from pipeline.cluster.connect import train_on_ray
     from shards.atomic import read_json
 
     train_on_ray(function, config, workers=workers)

@@ -147,6 +147,6 @@ class SubmitConfig:
     working_dir: Path = Path()
     """The checkout to send."""
     runtime_env: Path | None = None
-    """Ray runtime environment (YAML) of the job; without it, the one shipped as pipeline/runtime_env.yaml."""
+    """Ray runtime environment (YAML) of the job; without it, the one shipped as pipeline/cluster/runtime_env.yaml."""
     debug: bool = False
     """Show the traceback of an error."""

@@ -14,7 +14,7 @@ from partlearn.labelling.learned import Labeller
 from partlearn.labelling.shard import AnyLabeller, build_shard
 from partlearn.labelling.sources import FromPictures, Source, open_source
 from partlearn.labelling.truth import TruthLabeller
-from pipeline.pool import ATTEMPTS, Outcome, build_on_ray
+from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
 from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
@@ -206,7 +206,7 @@ def _on_ray(
     """Shards on a pool of Ray actors, each with its own models."""
     import ray
 
-    from pipeline.cluster import connect, refuse_paths_of_the_upload
+    from pipeline.cluster.connect import connect, refuse_paths_of_the_upload
 
     parts = None if str(config.parts) in (*NAMES, TRUTH, "small") else config.parts
     refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
 
 ATTEMPTS = 3
 """Tries of a shard, and of a place in the pool, before what went wrong counts."""

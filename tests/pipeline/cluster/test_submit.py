@@ -13,9 +13,9 @@ import pytest
 import yaml
 from conftest import photographs, small_parts
 
-from pipeline.upload import RAY_LEAVES_OUT, check_size, largest, packed
+from pipeline.cluster.upload import RAY_LEAVES_OUT, check_size, largest, packed
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MIB = 2**20
 
 
@@ -93,11 +93,11 @@ def test_the_walk_finds_exactly_the_files_that_ray_packs(tmp_path):
 
 
 def test_the_upload_of_this_checkout_is_its_code(tmp_path):
-    excludes = yaml.safe_load((ROOT / "pipeline" / "runtime_env.yaml").read_text())["excludes"]
+    excludes = yaml.safe_load((ROOT / "pipeline/cluster/runtime_env.yaml").read_text())["excludes"]
 
     files = dict(packed(ROOT, excludes))
 
-    assert {"pipeline/cli.py", "pipeline/runtime_env.yaml", "pyproject.toml"} <= files.keys()
+    assert {"pipeline/cli.py", "pipeline/cluster/runtime_env.yaml", "pyproject.toml"} <= files.keys()
     assert not {name.split("/")[0] for name in files} & {".git", ".venv", "docs", "runs", "tests"}
     check_size(ROOT, files, limit_mib=20)
 
@@ -134,17 +134,19 @@ def test_the_script_runs_by_its_path_from_any_folder(tmp_path):
     photos, parts = photographs(tmp_path / "photos", 5), small_parts(tmp_path / "parts")
     small = "--size 32 --batch-size 4 --device cpu --precision fp32 --threads 1 --backend local"
     extract = ["extract", "--images", photos, "--parts", parts, "--out", "shards", *small.split()]
-    copied = shutil.copy(ROOT / "pipeline" / "on_cluster.py", tmp_path)
+    copied = shutil.copy(ROOT / "pipeline/cluster/on_cluster.py", tmp_path)
 
     built = command(copied, *extract, cwd=tmp_path, SEMMAE_HOME=str(ROOT))
-    checked = command(ROOT / "pipeline/on_cluster.py", "verify", "--data", "shards", "--level", "deep", cwd=tmp_path)
+    checked = command(
+        ROOT / "pipeline/cluster/on_cluster.py", "verify", "--data", "shards", "--level", "deep", cwd=tmp_path
+    )
 
     assert built.returncode == 0, built.stderr
     assert checked.returncode == 0, checked.stderr
 
 
 def test_the_script_finds_the_packages_where_cluster_yaml_puts_them(tmp_path):
-    shutil.copy(ROOT / "pipeline" / "on_cluster.py", tmp_path)
+    shutil.copy(ROOT / "pipeline/cluster/on_cluster.py", tmp_path)
     (tmp_path / "semmae").symlink_to(ROOT)
 
     done = command(tmp_path / "on_cluster.py", "verify", "--help", cwd=tmp_path, HOME=str(tmp_path))
@@ -155,7 +157,7 @@ def test_the_script_finds_the_packages_where_cluster_yaml_puts_them(tmp_path):
 
 @pytest.mark.parametrize("home", [{}, {"SEMMAE_HOME": "/nowhere"}], ids=["no SEMMAE_HOME", "a wrong SEMMAE_HOME"])
 def test_the_script_says_so_where_nothing_is_installed(tmp_path, home):
-    shutil.copy(ROOT / "pipeline" / "on_cluster.py", tmp_path)
+    shutil.copy(ROOT / "pipeline/cluster/on_cluster.py", tmp_path)
 
     # -S leaves out site-packages, and with them this environment's installed semmae
     done = command("-S", tmp_path / "on_cluster.py", "verify", cwd=tmp_path, HOME=str(tmp_path), PYTHONPATH="", **home)
@@ -166,7 +168,7 @@ def test_the_script_says_so_where_nothing_is_installed(tmp_path, home):
 
 
 def test_the_script_names_what_the_python_of_the_node_lacks(tmp_path):
-    done = command("-S", ROOT / "pipeline/on_cluster.py", "verify", cwd=tmp_path, PYTHONPATH="")
+    done = command("-S", ROOT / "pipeline/cluster/on_cluster.py", "verify", cwd=tmp_path, PYTHONPATH="")
 
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -177,7 +179,7 @@ def test_cluster_yaml_is_what_ray_up_takes():
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(find_spec("ray").origin).parent / "autoscaler" / "ray-schema.json").read_text())
 
-    config = yaml.safe_load((ROOT / "pipeline" / "cluster.yaml").read_text())
+    config = yaml.safe_load((ROOT / "pipeline/cluster/cluster.yaml").read_text())
 
     jsonschema.validate(config, schema)
     assert config["head_node_type"] in config["available_node_types"]

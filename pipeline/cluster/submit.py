@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.cluster.upload import MIB, RAY_LEAVES_OUT, check_size, packed
 from pipeline.config import SubmitConfig
-from pipeline.upload import MIB, RAY_LEAVES_OUT, check_size, packed
 
 SHIPPED = Path(__file__).with_name("runtime_env.yaml")
 

@@ -1,4 +1,6 @@
-"""Run a verb on a cluster's head: what `ray submit pipeline/cluster.yaml pipeline/on_cluster.py -- VERB ...` starts.
+"""Run a verb on a cluster's head: what `ray submit` starts.
+
+    ray submit pipeline/cluster/cluster.yaml pipeline/cluster/on_cluster.py -- VERB ...
 
 `ray submit` copies this one file and runs it by its path, from any folder. The packages are those of SEMMAE_HOME, else
 of the checkout around this file, else of ~/semmae (where cluster.yaml puts them), else the installed ones; Ray's
@@ -16,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 def packages() -> Path | None:
     """The folder that holds the packages; None where there is none."""
     named = os.environ.get("SEMMAE_HOME")
-    places = [Path(named).expanduser()] if named else [HERE.parent, Path.home() / "semmae"]
+    places = [Path(named).expanduser()] if named else [HERE.parent.parent, Path.home() / "semmae"]
     installed = None if named else find_spec("pipeline")
     if installed and installed.origin:
         places.append(Path(installed.origin).parents[1])
@@ -29,7 +31,7 @@ def main() -> int:
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != HERE]
     home = packages()
     if home is None:
-        where = os.environ.get("SEMMAE_HOME") or f"{HERE.parent} or {Path.home() / 'semmae'}"
+        where = os.environ.get("SEMMAE_HOME") or f"{HERE.parent.parent} or {Path.home() / 'semmae'}"
         print(
             f"on_cluster: semmae is neither in {where} nor installed for {sys.executable}; "
             "set SEMMAE_HOME to the folder of the checkout on this node",

@@ -15,8 +15,8 @@ from conftest import drawn, photographs, small_parts, tars
 
 import pipeline.extract
 from partlearn.config import ExtractConfig
-from pipeline import pool
-from pipeline.pool import ATTEMPTS, build_on_ray, room
+from pipeline.cluster import pool
+from pipeline.cluster.pool import ATTEMPTS, build_on_ray, room
 from shards.build import finalise, open_plan
 from shards.errors import ShardError
 from shards.sample import LabelledPicture
@@ -24,7 +24,7 @@ from shards.verify import verify
 from shards.writer import write_shard
 from training.config import RunConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GROUPS, SAMPLES, SHARDS = 4, 4, 6
 Samples = list[list[LabelledPicture]]
 

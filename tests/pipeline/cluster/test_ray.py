@@ -18,12 +18,21 @@ import pytest
 import yaml
 from conftest import photographs, small_parts, tars
 
-from pipeline.cluster import refuse_paths_of_the_upload
+from pipeline.cluster.connect import refuse_paths_of_the_upload
 from shards.verify import verify
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-RAY_JOB = [BIN / "ray", "job", "submit", "--working-dir", ".", "--runtime-env", "pipeline/runtime_env.yaml", "--"]
+RAY_JOB = [
+    BIN / "ray",
+    "job",
+    "submit",
+    "--working-dir",
+    ".",
+    "--runtime-env",
+    "pipeline/cluster/runtime_env.yaml",
+    "--",
+]
 SUBMIT = [sys.executable, "-m", "pipeline", "submit", "--"]
 VERB = ["python", "-m", "pipeline"]
 
@@ -137,7 +146,7 @@ def test_extraction_and_pretraining_as_ray_jobs(head, extraction, tmp_path):
 def test_ray_submit_with_the_shipped_cluster_yaml(head, extraction, tmp_path):
     """Ray's launcher, with its ssh and rsync to a folder that plays the head's home; the token is the mounted file."""
     extract, expected = extraction
-    cluster = yaml.safe_load((ROOT / "pipeline" / "cluster.yaml").read_text())
+    cluster = yaml.safe_load((ROOT / "pipeline/cluster/cluster.yaml").read_text())
     cluster |= {"provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}, "max_workers": 0}
     cluster["setup_commands"].remove("make -C ~/semmae venv")
     cluster["setup_commands"].append(f"ln -sfn {BIN.parent} ~/semmae/.venv")
@@ -158,7 +167,7 @@ def test_ray_submit_with_the_shipped_cluster_yaml(head, extraction, tmp_path):
     env |= {"HOME": str(laptop), "PATH": f"{laptop / 'bin'}:{head['PATH']}"}
 
     run(BIN / "ray", "up", "--yes", "--no-config-cache", tmp_path / "cluster.yaml", env=env)
-    submit = ["submit", "--no-config-cache", tmp_path / "cluster.yaml", "pipeline/on_cluster.py", "--"]
+    submit = ["submit", "--no-config-cache", tmp_path / "cluster.yaml", "pipeline/cluster/on_cluster.py", "--"]
     run(BIN / "ray", *submit, *extract, "--out", tmp_path / "shards", env=env)
 
     assert (node / "semmae" / "pipeline" / "cli.py").is_file()
@@ -213,7 +222,7 @@ def test_workers_of_a_running_cluster_import_what_the_script_found(head, tmp_pat
         "    return 0\n"
     )
     script = tmp_path / "on_cluster.py"
-    script.write_text((ROOT / "pipeline" / "on_cluster.py").read_text())
+    script.write_text((ROOT / "pipeline/cluster/on_cluster.py").read_text())
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 

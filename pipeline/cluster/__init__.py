@@ -1,0 +1,1 @@
+"""Ray: joining a cluster, actors that build shards, jobs and their uploads."""
