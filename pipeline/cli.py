@@ -42,7 +42,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
 
     _train(learn, config, backend, num_workers)
     if _is_main():
-        from pipeline.parts_sheet import show_parts
+        from pipeline.figures.parts_sheet import show_parts
 
         show_parts(config)
 

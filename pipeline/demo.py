@@ -22,7 +22,7 @@ from partlearn.train import learn
 from pipeline.config import DemoConfig
 from pipeline.creatures import write_creatures
 from pipeline.extract import extract
-from pipeline.sheet import draw_sheet
+from pipeline.figures.pretrain_sheet import draw_sheet
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json

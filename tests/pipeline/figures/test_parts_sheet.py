@@ -5,7 +5,7 @@ from PIL import Image
 
 from partlearn.config import LearnConfig
 from partlearn.train import learn
-from pipeline.parts_sheet import show_parts
+from pipeline.figures.parts_sheet import show_parts
 from training.config import RunConfig
 from training.contact_sheet import CELL
 
