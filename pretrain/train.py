@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
-from pretrain.masking import alpha_at, hidden_count, purity
-from pretrain.masks import Masked, mask_batch
-from pretrain.patches import kept_count
+from pretrain.masking.batch import Masked, mask_batch
+from pretrain.masking.budget import hidden_count, purity
+from pretrain.masking.patches import kept_count
+from pretrain.masking.semmae import alpha_at
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import checkpoint, distributed

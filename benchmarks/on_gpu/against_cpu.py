@@ -23,7 +23,7 @@ from partlearn.learner import PartLearner
 from partlearn.train import new_learner, new_optimiser
 from partlearn.train import train_step as learn_step
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.masks import Masked, mask_batch
+from pretrain.masking.batch import Masked, mask_batch
 from pretrain.train import build, new_optimizer, train_step
 from shards.batches import Batch, in_order
 from shards.shard_set import ShardSet

@@ -5,7 +5,7 @@ card's rate says how fast images go through, whoever computes them.
 """
 
 from pretrain.config import PretrainConfig
-from pretrain.patches import kept_count
+from pretrain.masking.patches import kept_count
 
 
 def step_flops(config: PretrainConfig, size: int) -> float:

@@ -19,7 +19,7 @@ from benchmarks.on_gpu.timing import peak_memory, quartiles, rate, seconds_of, s
 from benchmarks.rounds import Row, exact
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.mae import MAE
-from pretrain.masks import Masked, mask_batch
+from pretrain.masking.batch import Masked, mask_batch
 from pretrain.train import build, new_optimizer, train_step
 from shards.batches import Batch
 from shards.decode import simplejpeg

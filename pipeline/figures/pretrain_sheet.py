@@ -8,7 +8,7 @@ import torch
 
 from evaluate.parts.stored import parts_of_set
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.masks import Masked, mask_batch
+from pretrain.masking.batch import Masked, mask_batch
 from pretrain.train import MEAN, STD, build
 from shards.atomic import read_json, write_whole
 from shards.batches import Batch, in_order

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.mae import MAE, normalised, patchify, unpatchify
-from pretrain.patches import best_patches, pool_labels, split
+from pretrain.masking.patches import best_patches, pool_labels, split
 from pretrain.position import sincos_positions
 
 

@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.algorithm1 import counts, mask_of
 
-from pretrain.masking import (
-    alpha_at,
-    hidden_count,
-    masked_per_part,
-    purity,
-    random_masking,
-    semantic_masking,
-)
+from pretrain.masking.budget import hidden_count, purity
+from pretrain.masking.random import random_masking
+from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_masking
 
 awkward_sizes = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9).filter(
     lambda sizes: sum(sizes) > 1

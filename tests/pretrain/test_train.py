@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.masks import mask_batch
+from pretrain.masking.batch import mask_batch
 from pretrain.train import pretrain
 from shards.batches import Batch
 from shards.errors import ShardError

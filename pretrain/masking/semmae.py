@@ -8,10 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-
-def hidden_count(patches: int, mask_ratio: float) -> int:
-    """M: MAE keeps int(L (1 - r)) patches and hides the rest; 147 of 196 at 0.75."""
-    return patches - int(patches * (1 - mask_ratio))
+from pretrain.masking.budget import hidden_count
 
 
 def alpha_at(progress: float, gamma: float) -> float:
@@ -20,12 +17,6 @@ def alpha_at(progress: float, gamma: float) -> float:
     The released code divides the epoch by a fixed 800, so that a run of 100 epochs would end at 0.016.
     """
     return min(1.0, max(0.0, progress)) ** gamma
-
-
-def random_masking(noise: Float[Tensor, "batch patches"], *, mask_ratio: float) -> Bool[Tensor, "batch patches"]:
-    """MAE's masking (arXiv:2111.06377): the M patches of least noise; True = hidden."""
-    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
-    return ranks < hidden_count(noise.shape[1], mask_ratio)
 
 
 def semantic_masking(
@@ -80,14 +71,3 @@ def masked_per_part(
     missing = hidden - floors.sum(dim=1, keepdim=True)
     rank = remainders.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (floors + (rank < missing)).long()
-
-
-def purity(
-    mask: Bool[Tensor, "batch patches"], labels: Int64[Tensor, "batch patches"], groups: int
-) -> Float[Tensor, ""]:
-    """Share of non-empty parts that are hidden whole or not at all: near 0 at alpha 0, at least (K-1)/K at 1."""
-    sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
-    hidden = sizes.scatter_add(1, labels, mask.long())
-    sizes = sizes.scatter_add(1, labels, torch.ones_like(labels))
-    there = sizes > 0
-    return (((hidden == 0) | (hidden == sizes)) & there).sum() / there.sum().clamp(min=1)

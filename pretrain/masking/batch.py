@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from pretrain.config import PretrainConfig
-from pretrain.masking import random_masking, semantic_masking
-from pretrain.patches import best_patches, pool_labels, split
+from pretrain.masking.patches import best_patches, pool_labels, split
+from pretrain.masking.random import random_masking
+from pretrain.masking.semmae import semantic_masking
 from shards.batches import Batch
 from shards.rng import MASK, PART_ORDER, uniform
 

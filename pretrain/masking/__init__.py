@@ -1,0 +1,1 @@
+"""Which patches are masked: one file a strategy, the same count in every row."""
