@@ -1,6 +1,6 @@
 """How much of labelling is spent outside the models: whole shards, built as `extract --backend local` builds them.
 
-A block is one build: pictures read, squared, stored, labelled and committed, which takes as long as the models take.
+A block is one build: images read, squared, stored, labelled and committed, which takes as long as the models take.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.prepared import some_pictures
+from benchmarks.prepared import some_images
 from benchmarks.quiet import Meter
 from benchmarks.rounds import PLENTY, Block, Report, gate_in_words, summary
 from partlearn.config import ExtractConfig, LearnConfig
 from partlearn.labelling.learned import Labeller, Labels
 from partlearn.labelling.shard import build_shard
-from partlearn.labelling.sources import FromPictures
+from partlearn.labelling.sources import FromImages
 from partlearn.train import learn
-from shards.images import PictureList, read_bytes
+from shards.images import ImageList, read_bytes
 from training.config import RunConfig
 from training.device import pick_device
 from training.progress import Progress
@@ -43,20 +43,20 @@ class TimedLabeller(Labeller):
 def bench_extract(
     images: str, *, parts: Path | None, out: Path, minutes: float, most: int, build: int, run: RunConfig
 ) -> Report:
-    """Measure builds of `build` pictures each, out of at most `most`, until enough are quiet or `minutes` are over.
+    """Measure builds of `build` images each, out of at most `most`, until enough are quiet or `minutes` are over.
 
     Args:
         parts: Run folder of a part learner; None learns an untrained one, on random features, for its speed alone.
         run: Device, precision and threads; its folder is not used.
 
     Raises:
-        FileNotFoundError: There are no such pictures.
+        FileNotFoundError: There are no such images.
         CheckpointError: The part learner or its encoder cannot be loaded.
     """
-    pictures = some_pictures(images, most)
+    listed = some_images(images, most)
     out.mkdir(parents=True, exist_ok=True)
     labeller = TimedLabeller(
-        parts or untrained_parts(pictures, out, run), device=pick_device(run.device), precision=run.precision
+        parts or untrained_parts(listed, out, run), device=pick_device(run.device), precision=run.precision
     )
     with tempfile.TemporaryDirectory(prefix="extract.", dir=out) as folder:
         config = ExtractConfig(
@@ -67,9 +67,7 @@ def bench_extract(
             backend="local",
             run=dataclasses.replace(run, out=Path(folder)),
         )
-        source = FromPictures(
-            pictures, size=config.size, quality=config.quality, samples_per_shard=build, seed=config.seed
-        )
+        source = FromImages(listed, size=config.size, quality=config.quality, samples_per_shard=build, seed=config.seed)
         speed, inside, outside = _builds(source, labeller, config, minutes)
     rows = [
         summary("images_per_second", "images/s", speed),
@@ -78,21 +76,21 @@ def bench_extract(
     ]
     encoder = labeller.encoder.description["source"]
     caption = (
-        f"builds of {min(build, len(pictures.pictures))} pictures, {config.batch_size} at once, labelled by {encoder} "
+        f"builds of {min(build, len(listed.images))} listed, {config.batch_size} at once, labelled by {encoder} "
         f"on a grid of {labeller.grid} on {pick_device(run.device)}, {run.threads} threads. {gate_in_words()}"
     )
     return Report(rows, BARS, caption)
 
 
 def _builds(
-    source: FromPictures, labeller: TimedLabeller, config: ExtractConfig, minutes: float
+    source: FromImages, labeller: TimedLabeller, config: ExtractConfig, minutes: float
 ) -> tuple[list[Block], list[Block], list[Block]]:
     """Of every build but the first: images a second, model seconds an image, share outside the models."""
     speed: list[Block] = []
     inside: list[Block] = []
     outside: list[Block] = []
     ends = time.monotonic() + 60 * minutes
-    shards = max(1, len(source.pictures) // config.samples_per_shard)
+    shards = max(1, len(source.images) // config.samples_per_shard)
     progress, built = Progress(PLENTY, "bench extract", "quiet builds"), 0
     while not speed or (sum(block.quiet for block in speed) < PLENTY and time.monotonic() < ends):
         labeller.seconds = 0.0
@@ -111,13 +109,13 @@ def _builds(
 
 
 def untrained_parts(
-    pictures: PictureList, out: Path, run: RunConfig, *, encoder: str = UNTRAINED, grid: int = UNTRAINED_GRID
+    images: ImageList, out: Path, run: RunConfig, *, encoder: str = UNTRAINED, grid: int = UNTRAINED_GRID
 ) -> Path:
     """Parts nobody should look at, of two steps on a random ViT: as slow as real ones. Returns their run folder."""
-    folder, photos = out / "untrained-parts", out / "untrained-pictures"
+    folder, photos = out / "untrained-parts", out / "untrained-images"
     photos.mkdir(exist_ok=True)
-    for number, picture in enumerate(pictures.pictures[:FEW]):
-        (photos / f"{number}{Path(picture.name).suffix}").write_bytes(read_bytes(picture))
+    for number, image in enumerate(images.images[:FEW]):
+        (photos / f"{number}{Path(image.name).suffix}").write_bytes(read_bytes(image))
     learn(
         LearnConfig(
             images=str(photos),

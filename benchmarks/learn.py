@@ -5,7 +5,7 @@ from contextlib import closing
 
 import torch
 
-from benchmarks.prepared import some_pictures
+from benchmarks.prepared import some_images
 from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, summary
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
@@ -27,15 +27,15 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
         grid: Cells a side; the bars are of the default.
 
     Raises:
-        FileNotFoundError: There are no such pictures.
+        FileNotFoundError: There are no such images.
     """
-    pictures = some_pictures(images, BATCH)
+    listed = some_images(images, BATCH)
     device = pick_device(run.device)
     encoder = load_encoder(ENCODER, grid=grid, device=device, precision=run.precision)
     config = LearnConfig(images=images, encoder=ENCODER, grid=grid, paper=True, views=0, batch_size=BATCH, run=run)
     learner = new_learner(config, encoder).to(device)
     optimiser = new_optimiser(learner, config)
-    views = Views(config, encoder, pictures)
+    views = Views(config, encoder, listed)
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
         view = next(batches)
@@ -53,7 +53,7 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
     rows = [summary(case.name, case.unit, blocks[case.name]) for case in cases]
     rows += [summary(f"{over}/{under}", "ratio", ratios(blocks[over], blocks[under])) for over, under in pairs]
     caption = (
-        f"learn-parts --paper on {ENCODER}, {encoder.size} px, {BATCH} pictures a step, target 112 px, on {device}, "
+        f"learn-parts --paper on {ENCODER}, {encoder.size} px, {BATCH} listed a step, target 112 px, on {device}, "
         f"one core. A ratio counts the bare forwards that a step takes. {gate_in_words()}"
     )
     return Report(rows, BARS, caption)

@@ -1,7 +1,7 @@
 """How fast the stream feeds training, beside bare decoding, stock webdataset and MAE's own loader.
 
-Every row reads the same pictures, out of the page cache, on one core unless its name says otherwise. What a batch is
-differs: `stream` gives uint8 pictures of 224 px, half of them mirrored, and their labels (normalisation is left to the
+Every row reads the same images, out of the page cache, on one core unless its name says otherwise. What a batch is
+differs: `stream` gives uint8 images of 224 px, half of them mirrored, and their labels (normalisation is left to the
 accelerator); `webdataset` the same, mirrored none; `imagefolder_mae` decodes the original files, crops, mirrors and
 normalises, and has no labels.
 """
@@ -49,12 +49,12 @@ TAR_BLOCK = 512
 
 
 def bench_loader(images: str, *, out: Path, minutes: float, most: int, block_s: float = BLOCK_S) -> Report:
-    """Measure the loaders on at most `most` of the pictures; what they read is made under `out`, once.
+    """Measure the loaders on at most `most` of the images; what they read is made under `out`, once.
 
     Rows that need two cores are left out on a machine of one.
 
     Raises:
-        FileNotFoundError: There are no such pictures.
+        FileNotFoundError: There are no such images.
     """
     prepared = prepare(images, out, most=most)
     with ShardSet.open(prepared.shards) as shards, ShardSet.open(prepared.many) as many, _one_thread():
@@ -101,19 +101,19 @@ def _imagefolder(originals: Path) -> Callable[[float], int]:
     normalise = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     crop = transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
     views = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
-    pictures = ImageFolder(str(originals), views, is_valid_file=lambda _: True)
-    loader = torch.utils.data.DataLoader(pictures, batch_size=BATCH, shuffle=True, num_workers=0)
+    folder = ImageFolder(str(originals), views, is_valid_file=lambda _: True)
+    loader = torch.utils.data.DataLoader(folder, batch_size=BATCH, shuffle=True, num_workers=0)
     counts = (len(images) for _ in itertools.count() for images, _ in loader)
     return lambda seconds: _taken(counts, seconds)
 
 
 def _webdataset(shards: Path, *, labelled: bool) -> Callable[[float], int]:
-    """Stock webdataset over our tars: the same uint8 pictures and labels, batched by its own collate."""
+    """Stock webdataset over our tars: the same uint8 images and labels, batched by its own collate."""
     tars = [str(tar) for tar in sorted((shards / "shards").glob("*.tar"))]
     members = ["jpg", "parts.npy", "fgrank.npy", *(["cls"] if labelled else [])]
     samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode("rgb8")
     batches: Any = samples.to_tuple(*members).batched(BATCH)
-    counts = (len(pictures) for _ in itertools.count() for pictures, *_ in batches)
+    counts = (len(images) for _ in itertools.count() for images, *_ in batches)
     return lambda seconds: _taken(counts, seconds)
 
 
@@ -198,7 +198,7 @@ def _caption(count: int) -> str:
     except PackageNotFoundError:
         ours = pillow
     return (
-        f"{count:,} pictures, batches of {BATCH}, one core unless a row says otherwise. "
+        f"{count:,} images, batches of {BATCH}, one core unless a row says otherwise. "
         f"stream: {SIZE} px, mirrored, uint8, labels; webdataset: the same, not mirrored; "
         "imagefolder_mae: original files, cropped, mirrored, normalised, no labels. "
         f"stream and decode_limit decode with {ours}, webdataset {version('webdataset')} and "

@@ -1,4 +1,4 @@
-"""The same pictures thrice: files in class folders, a shard set with stub labels, an index of ImageNet's length."""
+"""The same images thrice: files in class folders, a shard set with stub labels, an index of ImageNet's length."""
 
 import dataclasses
 import io
@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file, sha256_json, write_json
 from shards.build import finalise, open_plan
-from shards.decode import PictureError, decode_rgb, square
-from shards.images import Picture, PictureList, list_pictures, read_bytes
-from shards.sample import LabelledPicture, Rejected
+from shards.decode import ImageError, decode_rgb, square
+from shards.images import ImageFile, ImageList, list_images, read_bytes
+from shards.sample import LabelledImage, Rejected
 from shards.writer import write_shard
 from training.progress import Progress
 
@@ -23,7 +23,7 @@ IMAGENET = 1_281_167
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Where the pictures lie."""
+    """Where the images lie."""
 
     originals: Path
     """Class folders, as torchvision's ImageFolder wants them: the bytes as they came."""
@@ -32,73 +32,73 @@ class Prepared:
     """The same shards behind an index of as many samples as ImageNet has."""
 
 
-def some_pictures(images: str, most: int) -> PictureList:
-    """The pictures of a source, or `most` of them, evenly spaced."""
-    listed = list_pictures(images)
-    count = len(listed.pictures)
+def some_images(images: str, most: int) -> ImageList:
+    """The images of a source, or `most` of them, evenly spaced."""
+    listed = list_images(images)
+    count = len(listed.images)
     chosen = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
-    return dataclasses.replace(listed, pictures=tuple(listed.pictures[index] for index in chosen))
+    return dataclasses.replace(listed, images=tuple(listed.images[index] for index in chosen))
 
 
 def prepare(images: str, out: Path, *, most: int) -> Prepared:
     """Make what `bench loader` reads, under `out`; once, and again only what a kill left undone.
 
     Raises:
-        FileNotFoundError: There are no such pictures.
+        FileNotFoundError: There are no such images.
         ShardError: None of them can be read.
     """
-    pictures = some_pictures(images, most)
+    listed = some_images(images, most)
     plan = {
         "source": str(Path(images).resolve()),
-        "inputs_sha256": pictures.digest,
+        "inputs_sha256": listed.digest,
         "settings": [SIZE, QUALITY, GRID, GROUPS, PER_SHARD],
     }
     folder = out / f"loader-{sha256_json(plan)[:12]}"
     made = Prepared(folder / "originals", folder / "shards", folder / "many")
     if not (made.shards / "dataset.json").is_file():
         made.shards.mkdir(parents=True, exist_ok=True)
-        _write_set(pictures, made, plan)
+        _write_set(listed, made, plan)
     if not (made.many / "dataset.json").is_file():
         _write_many(made)
     return made
 
 
-def _write_set(pictures: PictureList, made: Prepared, plan: dict) -> None:
+def _write_set(images: ImageList, made: Prepared, plan: dict) -> None:
     digest = open_plan(made.shards, plan)
-    count = len(pictures.pictures)
-    progress = Progress(count, "preparing", "pictures")
+    count = len(images.images)
+    progress = Progress(count, "preparing", "images")
     starts = range(0, count, PER_SHARD)
     for number, start in enumerate(starts):
         rejected: list[Rejected] = []
-        mine = pictures.pictures[start : start + PER_SHARD]
+        mine = images.images[start : start + PER_SHARD]
         samples = _stored(mine, start, made.originals, rejected, progress)
         write_shard(made.shards, number, samples, groups=GROUPS, plan_digest=digest, rejected=rejected)
     progress.close()
-    info = {"grid": GRID, "groups": GROUPS, "size": SIZE, "classes": list(pictures.classes), "inputs": {"count": count}}
+    info = {"grid": GRID, "groups": GROUPS, "size": SIZE, "classes": list(images.classes), "inputs": {"count": count}}
     finalise(made.shards, shard_count=len(starts), plan_digest=digest, info=info)
 
 
 def _stored(
-    pictures: tuple[Picture, ...], first: int, originals: Path, rejected: list[Rejected], progress: Progress
-) -> Iterator[LabelledPicture]:
+    images: tuple[ImageFile, ...], first: int, originals: Path, rejected: list[Rejected], progress: Progress
+) -> Iterator[LabelledImage]:
     """Squared, encoded, and labelled with noise; each one's original is laid into its class folder on the way."""
-    for ordinal, picture in enumerate(pictures, start=first):
+    for ordinal, file in enumerate(images, start=first):
         progress.advance()
         try:
-            data = read_bytes(picture)
+            data = read_bytes(file)
             image = decode_rgb(data)
-        except (OSError, PictureError) as error:
-            rejected.append(Rejected(source=picture.name, ordinal=ordinal, stage="decode", reason=str(error)))
+        except (OSError, ImageError) as error:
+            rejected.append(Rejected(source=file.name, ordinal=ordinal, stage="decode", reason=str(error)))
             continue
-        _lay_down(picture, data, originals, ordinal)
+        _lay_down(file, data, originals, ordinal)
         cropped, box = square(image, SIZE)
         buffer = io.BytesIO()
         cropped.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
         noise = np.random.default_rng(ordinal)
-        yield LabelledPicture(
+        yield LabelledImage(
             key=f"{ordinal:08d}",
-            source=picture.name,
-            class_id=picture.class_id,
+            source=file.name,
+            class_id=file.class_id,
             jpeg=buffer.getvalue(),
             parts=noise.integers(0, GROUPS, (GRID, GRID)).astype(np.uint8),
             fgrank=noise.permutation(GRID * GRID).astype(np.uint16).reshape(GRID, GRID),
@@ -108,10 +108,10 @@ def _stored(
         )
 
 
-def _lay_down(picture: Picture, data: bytes, originals: Path, ordinal: int) -> None:
-    folder = originals / (f"{picture.class_id:04d}" if picture.class_id >= 0 else "all")
+def _lay_down(image: ImageFile, data: bytes, originals: Path, ordinal: int) -> None:
+    folder = originals / (f"{image.class_id:04d}" if image.class_id >= 0 else "all")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{ordinal:08d}{Path(picture.name).suffix}").write_bytes(data)
+    (folder / f"{ordinal:08d}{Path(image.name).suffix}").write_bytes(data)
 
 
 def _write_many(made: Prepared) -> None:

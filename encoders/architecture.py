@@ -2,7 +2,7 @@
 
 VisionTransformer has learned positions (DINO, iBOT, MAE, DINOv2); Eva turns queries and keys by rotary ones
 (DINOv3, arXiv:2508.10104; RoPE-ViT, arXiv:2403.13298). Prefix tokens (class token first, then any registers) have no
-place in the picture and are never turned.
+place in the image and are never turned.
 """
 
 from typing import Any

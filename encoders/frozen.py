@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What the part learner sees of a picture."""
+    """What the part learner sees of an image."""
 
     class_token: Float[Tensor, "batch dim"]
     """After the final norm."""
@@ -31,7 +31,7 @@ class Tokens:
 
 
 class Encoder:
-    """A frozen ViT on square pictures. Computes without gradients, in eval mode, and returns fp32."""
+    """A frozen ViT on square images. Computes without gradients, in eval mode, and returns fp32."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Encoder:
         }
 
     def normalised(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 size size"]:
-        """Pictures at the encoder's size (antialiased bilinear), minus its mean, over its deviation."""
+        """Images at the encoder's size (antialiased bilinear), minus its mean, over its deviation."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 255
         if pixels.shape[-1] != self.size or pixels.shape[-2] != self.size:
             pixels = F.interpolate(

@@ -29,7 +29,7 @@ def load_encoder(
     device: torch.device = CPU,
     precision: str = "auto",
 ) -> Encoder:
-    """The encoder that `source` names, for pictures of `size` pixels or for `grid` patches a side.
+    """The encoder that `source` names, for images of `size` pixels or for `grid` patches a side.
 
     Args:
         source: small (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE

@@ -1,4 +1,4 @@
-"""Tokens relative to their picture, and the whitening of tokens."""
+"""Tokens relative to their image, and the whitening of tokens."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from torch import Tensor
 def centred_tokens(
     tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"]
 ) -> Float[Tensor, "batch patches dim"]:
-    """What a token is within its picture: less the mean of the inside cells. Raw tokens spend the parts on classes."""
+    """What a token is within its image: less the mean of the inside cells. Raw tokens spend the parts on classes."""
     weight = inside[..., None].to(tokens.dtype)
     return tokens - (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 

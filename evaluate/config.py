@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureConfig:
-    """Which frozen features of which pictures are scored."""
+    """Which frozen features of which images are scored."""
 
     checkpoint: str = ""
     """Run folder (its newest whole checkpoint) or one checkpoint file."""
@@ -16,11 +16,11 @@ class FeatureConfig:
     data: str = ""
     """Shard set with classes: the training split."""
     images: str = ""
-    """Instead of a shard set: pictures in class folders."""
+    """Instead of a shard set: images in class folders."""
     val_data: str = ""
-    """Shard set of the test split; without one, every fifth picture in a seeded order is held out."""
+    """Shard set of the test split; without one, every fifth image in a seeded order is held out."""
     val_images: str = ""
-    """Instead of a shard set: pictures of the test split in class folders."""
+    """Instead of a shard set: images of the test split in class folders."""
     size: int | None = None
     """Side of the encoder's input in pixels; its own unless told."""
     tokens: Literal["full", "kept"] = "full"
@@ -28,7 +28,7 @@ class FeatureConfig:
     pool: Literal["class", "mean"] = "class"
     """The feature: the class token, or the mean of the patch tokens, both after the final norm."""
     batch_size: int = 64
-    """Pictures the encoder sees at once."""
+    """Images the encoder sees at once."""
     seed: int = 0
     """The one seed of the run."""
     json: Path | None = None
@@ -38,7 +38,7 @@ class FeatureConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the encoder runs; auto takes cuda, then mps, then cpu."""
     threads: int = 2
-    """Threads that read and decode pictures."""
+    """Threads that read and decode images."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -58,7 +58,7 @@ class KnnConfig(FeatureConfig):
     """Weighted k-NN classification on frozen features (DINO, arXiv:2104.14294)."""
 
     neighbours: int = 20
-    """Nearest training pictures that vote; at most all of them."""
+    """Nearest training images that vote; at most all of them."""
     temperature: float = 0.07
     """A neighbour's vote is exp(cosine / temperature)."""
 
@@ -81,7 +81,7 @@ class ProbeConfig(FeatureConfig):
     warmup_epochs: float = 10.0
     """Epochs of rising learning rate."""
     probe_batch: int | None = None
-    """Features a step; MAE's 16,384 unless told; below 10,000 pictures 256, at the rate of 16,384."""
+    """Features a step; MAE's 16,384 unless told; below 10,000 images 256, at the rate of 16,384."""
 
     def __post_init__(self):
         FeatureConfig.__post_init__(self)

@@ -1,4 +1,4 @@
-"""Pictures with classes, as evaluations read them: a shard set or a list of files, and a held-out fifth."""
+"""Images with classes, as evaluations read them: a shard set or a list of files, and a held-out fifth."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +11,8 @@ from jaxtyping import Int64, Integer, UInt8
 from torch import Tensor
 
 from shards.batches import in_order
-from shards.decode import PictureError, decode_rgb, square
-from shards.images import Picture, PictureList, list_pictures, read_bytes
+from shards.decode import ImageError, decode_rgb, square
+from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.order import permutation
 from shards.shard_set import ShardSet
 
@@ -21,7 +21,7 @@ HELD_OUT = 5
 
 @dataclass(frozen=True, slots=True)
 class LabelledBatch:
-    """Some pictures of a split, their classes and, from a shard set, their foreground ranks."""
+    """Some images of a split, their classes and, from a shard set, their foreground ranks."""
 
     images: UInt8[np.ndarray, "batch side side 3"]
     class_ids: Int64[np.ndarray, " batch"]
@@ -30,80 +30,80 @@ class LabelledBatch:
 
 @dataclass(slots=True)
 class Split:
-    """Pictures with classes: a shard set, or a list of files."""
+    """Images with classes: a shard set, or a list of files."""
 
     source: str
-    pictures: ShardSet | PictureList
+    images: ShardSet | ImageList
     unreadable: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.pictures) if isinstance(self.pictures, ShardSet) else len(self.pictures.pictures)
+        return len(self.images) if isinstance(self.images, ShardSet) else len(self.images.images)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.pictures.classes)
+        return tuple(self.images.classes)
 
     @property
     def fingerprint(self) -> str:
-        return self.pictures.fingerprint if isinstance(self.pictures, ShardSet) else self.pictures.digest
+        return self.images.fingerprint if isinstance(self.images, ShardSet) else self.images.digest
 
     def batches(self, *, size: int, batch_size: int, threads: int) -> Iterator[LabelledBatch]:
-        """Every picture once, in order. Files that cannot be read are left out and noted in `unreadable`."""
-        if isinstance(self.pictures, ShardSet):
-            for batch in in_order(self.pictures, batch_size=batch_size, threads=threads):
+        """Every image once, in order. Files that cannot be read are left out and noted in `unreadable`."""
+        if isinstance(self.images, ShardSet):
+            for batch in in_order(self.images, batch_size=batch_size, threads=threads):
                 yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
             return
         self.unreadable.clear()
-        listed = self.pictures.pictures
+        listed = self.images.images
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(listed), batch_size):
                 chosen = listed[start : start + batch_size]
-                tries = list(pool.map(lambda picture: _pixels(picture, size), chosen))
+                tries = list(pool.map(lambda image: _pixels(image, size), chosen))
                 self.unreadable += [found for found in tries if isinstance(found, str)]
                 read = [(p, t) for p, t in zip(chosen, tries, strict=True) if not isinstance(t, str)]
                 if read:
-                    class_ids = np.array([picture.class_id for picture, _ in read], dtype=np.int64)
+                    class_ids = np.array([image.class_id for image, _ in read], dtype=np.int64)
                     yield LabelledBatch(np.stack([pixels for _, pixels in read]), class_ids, None)
 
 
 def load_split(data: str, images: str) -> Split:
-    """The shard set at `data`, or else the pictures at `images`.
+    """The shard set at `data`, or else the images at `images`.
 
     Raises:
-        ValueError: Some pictures have no class.
+        ValueError: Some images have no class.
     """
-    pictures = ShardSet.open(Path(data)) if data else list_pictures(images)
-    split = Split(data or images, pictures)
-    if isinstance(pictures, ShardSet):
-        class_ids = np.asarray(pictures.class_ids)
+    opened = ShardSet.open(Path(data)) if data else list_images(images)
+    split = Split(data or images, opened)
+    if isinstance(opened, ShardSet):
+        class_ids = np.asarray(opened.class_ids)
     else:
-        class_ids = np.array([picture.class_id for picture in pictures.pictures], dtype=np.int64)
+        class_ids = np.array([image.class_id for image in opened.images], dtype=np.int64)
     missing = int((class_ids < 0).sum())
     if missing:
         raise ValueError(
-            f"{missing} of {len(class_ids)} pictures in {split.source} have no class, and this protocol "
+            f"{missing} of {len(class_ids)} opened in {split.source} have no class, and this protocol "
             "needs one for each; sort them into one folder a class"
         )
     return split
 
 
 def held_out(count: int, seed: int) -> Tensor:
-    """True for every fifth of `count` pictures in the order that `seed` gives.
+    """True for every fifth of `count` images in the order that `seed` gives.
 
     Raises:
         ValueError: There are fewer than five.
     """
     if count < HELD_OUT:
         raise ValueError(
-            f"holding out every {HELD_OUT}th picture needs at least {HELD_OUT} pictures, got {count}; "
-            "add pictures or a test split (--val-data, --val-images)"
+            f"holding out every {HELD_OUT}th image needs at least {HELD_OUT} images, got {count}; "
+            "add images or a test split (--val-data, --val-images)"
         )
     held = torch.zeros(count, dtype=torch.bool)
     held[torch.from_numpy(np.asarray(permutation(count, seed=seed, epoch=0)))[::HELD_OUT]] = True
     return held
 
 
-def same_classes(labels: Int64[Tensor, " pictures"], test: Split, train: Split) -> Int64[Tensor, " pictures"]:
+def same_classes(labels: Int64[Tensor, " images"], test: Split, train: Split) -> Int64[Tensor, " images"]:
     """Class ids of the test split in the training split's numbers, matched by name where both have names.
 
     Raises:
@@ -120,10 +120,10 @@ def same_classes(labels: Int64[Tensor, " pictures"], test: Split, train: Split) 
     return torch.tensor([train.classes.index(name) for name in test.classes])[labels]
 
 
-def _pixels(picture: Picture, size: int) -> UInt8[np.ndarray, "side side 3"] | str:
-    """A picture's centre square as an array, or why there is none."""
+def _pixels(file: ImageFile, size: int) -> UInt8[np.ndarray, "side side 3"] | str:
+    """An image's centre square as an array, or why there is none."""
     try:
-        image, _ = square(decode_rgb(read_bytes(picture)), size)
-    except PictureError as error:
-        return f"{picture.name} ({error})"
+        image, _ = square(decode_rgb(read_bytes(file)), size)
+    except ImageError as error:
+        return f"{file.name} ({error})"
     return np.asarray(image)

@@ -1,7 +1,7 @@
 """Frozen features of a split, computed once and kept.
 
-Pictures are centre squares, resized straight to the encoder's input: DINO's 256-to-224 margin is left out, so
-that a shard set, square already, shows what a folder of the same pictures shows. No flips, no augmentation.
+Images are centre squares, resized straight to the encoder's input: DINO's 256-to-224 margin is left out, so
+that a shard set, square already, shows what a folder of the same images shows. No flips, no augmentation.
 """
 
 import sys
@@ -40,7 +40,7 @@ class TrainAndTest:
 
 
 def train_and_test(config: FeatureConfig) -> TrainAndTest:
-    """Load the encoder and the pictures that `config` names and compute all features, in fp32."""
+    """Load the encoder and the images that `config` names and compute all features, in fp32."""
     train = load_split(config.data, config.images)
     test = load_split(config.val_data, config.val_images) if config.val_data or config.val_images else None
     encoder, checkpoint_sha256 = open_encoder(config, train)
@@ -71,7 +71,7 @@ def train_and_test(config: FeatureConfig) -> TrainAndTest:
 def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
     """The encoder and the SHA-256 of its weights: a checkpoint's file, else the tensors as loaded."""
     source = f"run:{find(Path(config.checkpoint))}" if config.checkpoint else config.encoder
-    grid = train.pictures.grid if config.tokens == "kept" and isinstance(train.pictures, ShardSet) else None
+    grid = train.images.grid if config.tokens == "kept" and isinstance(train.images, ShardSet) else None
     device = pick_device(config.device)
     if config.size is None:
         encoder = load_encoder(source, grid=grid, device=device, precision="fp32")
@@ -90,13 +90,13 @@ def extract_features(
     pool: Literal["class", "mean"] = "class",
     batch_size: int = 64,
     threads: int = 2,
-) -> tuple[Float[Tensor, "pictures dim"], Int64[Tensor, " pictures"]]:
-    """One feature and one class id for every picture of `split` that can be read, on the CPU.
+) -> tuple[Float[Tensor, "images dim"], Int64[Tensor, " images"]]:
+    """One feature and one class id for every image of `split` that can be read, on the CPU.
 
     Raises:
-        ValueError: No picture could be read, or `tokens` is kept and the ranks are of another grid.
+        ValueError: No image could be read, or `tokens` is kept and the ranks are of another grid.
     """
-    progress = Progress(len(split), f"features of {split.source}", "pictures")
+    progress = Progress(len(split), f"features of {split.source}", "images")
     features, labels = [], []
     for batch in split.batches(size=encoder.size, batch_size=batch_size, threads=threads):
         ids = kept_patches(batch.fgrank, encoder.grid, split.source) if tokens == "kept" else None
@@ -108,12 +108,12 @@ def extract_features(
     if split.unreadable:
         left_out, first = len(split.unreadable), split.unreadable[0]
         print(
-            f"{left_out} of {len(split)} pictures in {split.source} could not be read and are left out; "
+            f"{left_out} of {len(split)} images in {split.source} could not be read and are left out; "
             f"the first is {first}",
             file=sys.stderr,
         )
     if not features:
-        raise ValueError(f"not one of the {len(split)} pictures in {split.source} could be read; check the files")
+        raise ValueError(f"not one of the {len(split)} images in {split.source} could be read; check the files")
     return torch.cat(features).float(), torch.cat(labels)
 
 

@@ -19,7 +19,7 @@ def knn(config: KnnConfig) -> list[Result]:
     """Classify frozen features by their nearest neighbours.
 
     Raises:
-        ValueError: The pictures have no classes, or the encoder source is wrong.
+        ValueError: The images have no classes, or the encoder source is wrong.
     """
     found = train_and_test(config)
     device = pick_device("cpu" if config.device == "mps" else config.device)
@@ -48,12 +48,12 @@ def knn_votes(
     temperature: float = 0.07,
     chunk: int = 256,
 ) -> Float[Tensor, "test classes"]:
-    """Votes of each test picture's nearest training pictures for each class:
+    """Votes of each test image's nearest training images for each class:
 
         votes[c] = Σ over the k neighbours of class c of exp((cosine - 1) / temperature)
 
-    The - 1 changes no order and keeps a vote at 1 or less. Exact: every pair is compared, `chunk` test pictures
-    at a time. k is at most the training set; of equally near pictures the one earlier in it is the neighbour.
+    The - 1 changes no order and keeps a vote at 1 or less. Exact: every pair is compared, `chunk` test images
+    at a time. k is at most the training set; of equally near images the one earlier in it is the neighbour.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     k = min(neighbours, len(train))

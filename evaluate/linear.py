@@ -27,7 +27,7 @@ def probe(config: ProbeConfig) -> list[Result]:
     """Train a linear classifier on frozen features.
 
     Raises:
-        ValueError: The pictures have no classes, or the encoder source is wrong.
+        ValueError: The images have no classes, or the encoder source is wrong.
     """
     found = train_and_test(config)
     device = pick_device(config.device)
@@ -63,7 +63,7 @@ def batch_and_peak(count: int, asked: int | None, base_lr: float) -> tuple[int, 
         ValueError: There are fewer than two features, too few for batch statistics.
     """
     if count < 2:
-        raise ValueError(f"a linear probe needs at least 2 training pictures, got {count}; add pictures")
+        raise ValueError(f"a linear probe needs at least 2 training images, got {count}; add images")
     if asked is not None:
         return min(asked, count), base_lr * asked / 256
     return (min(SMALL_BATCH, count) if count < SMALL_SET else PAPER_BATCH), base_lr * PAPER_BATCH / 256

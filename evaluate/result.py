@@ -24,7 +24,7 @@ class Result:
     protocol: str
     """`knn`, `probe`, ..."""
     metric: str
-    """`top1`, `top5`: percent of test pictures whose class is the best guess, or among the best five."""
+    """`top1`, `top5`: percent of test images whose class is the best guess, or among the best five."""
     value: float
     checkpoint: str
     """The path or encoder source as the caller named it."""

@@ -10,7 +10,7 @@ Softmax = Literal["parts", "positions"]
 
 
 class Prototypes(nn.Module):
-    """Part queries that are the same in every picture, and no class token: s_i(p) = scale · e_i · F(p)."""
+    """Part queries that are the same in every image, and no class token: s_i(p) = scale · e_i · F(p)."""
 
     def __init__(self, width: int, parts: int):
         super().__init__()
@@ -33,7 +33,7 @@ class Prototypes(nn.Module):
 
 
 class PartAttention(nn.Module):
-    """N part maps from a picture's tokens (SemMAE, arXiv:2206.10207, Eq. 1 and 2):
+    """N part maps from an image's tokens (SemMAE, arXiv:2206.10207, Eq. 1 and 2):
 
         F_p^i = F_c · gate · sigmoid(W_c2^i tanh(W_c1^i F_c))            Eq. 1
         s_i(p) = scale · [(W_q^i F_p^i + b_q^i) · (W_k^i F(p) + b_k^i) + e_i · F(p)]
@@ -85,7 +85,7 @@ class PartAttention(nn.Module):
     def start_at_prototypes(
         self, centres: Float[Tensor, "parts width"], scale: float, generator: torch.Generator
     ) -> None:
-        """Queries that are `centres`, the same in every picture; the class token's path starts at zero."""
+        """Queries that are `centres`, the same in every image; the class token's path starts at zero."""
         self.start_at_random(generator)
         self.prototypes.requires_grad_(True).data.copy_(centres)
         self.query.data.zero_()

@@ -28,7 +28,7 @@ class LearnConfig:
     """A part learner (SemMAE, section 3.1), its open choices settled by measurement (partlearn/RESULTS.md)."""
 
     images: str
-    """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
+    """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     encoder: str
     """Frozen encoder: small (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME."""
@@ -40,13 +40,13 @@ class LearnConfig:
     parts: int = 6
     """Parts to learn."""
     paper: bool = False
-    """The paper's literal form: pixels rebuilt from maps of the whole picture, no k-means, no background. Sets
+    """The paper's literal form: pixels rebuilt from maps of the whole image, no k-means, no background. Sets
     --target, --where, --init, --softmax, --relative, --whiten, --diffusion and --background. The foreground's rank
     alone is not the paper's: its summed maps (--foreground maps) rank below the centre prior."""
     background: bool = True
     """One more label, for cells outside the foreground."""
     foreground_share: float | None = None
-    """Share of a picture's cells that counts as foreground; unless told, Otsu's threshold decides in each picture."""
+    """Share of an image's cells that counts as foreground; unless told, Otsu's threshold decides in each image."""
     foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] = "contrast"
     """What ranks the foreground: likeness of tokens to the object's mean rather than the ground's, both found from the
     border; distance to the border's mean; their first principal component; a normalised cut of their graph; class
@@ -54,38 +54,38 @@ class LearnConfig:
     where: Literal["foreground", "everywhere"] = "foreground"
     """Which cells the parts are learned on."""
     relative: bool = True
-    """Tokens minus the picture's mean (foreground) token, so that parts do not become classes."""
+    """Tokens minus the image's mean (foreground) token, so that parts do not become classes."""
     whiten: int | None = None
     """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are. Unless told
     64 (or all, of fewer), and 32 with small."""
     diffusion: int = 3
-    """Rounds in which a cell's token becomes the mean of its picture's cells like it; 0 = none."""
+    """Rounds in which a cell's token becomes the mean of its image's cells like it; 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
     softmax: Literal["parts", "positions"] = "parts"
     """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
     target: Literal["features", "pixels", "both"] = "features"
-    """What is rebuilt from the parts: the encoder's tokens, the picture (the paper; answered by colour), or both."""
+    """What is rebuilt from the parts: the encoder's tokens, the image (the paper; answered by colour), or both."""
     style: Literal["class", "nothing"] = "class"
-    """What AdaIN may know beside the maps (target pixels): the class token, or nothing of the picture."""
+    """What AdaIN may know beside the maps (target pixels): the class token, or nothing of the image."""
     diversity: float = 0.03
     """Weight of Eq. 6."""
     balance: float = 0.1
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
     consistency: float = 0.0
-    """Weight of the labels' agreement between two crops of a picture, mirrored and in other colours; each step then
+    """Weight of the labels' agreement between two crops of an image, mirrored and in other colours; each step then
     looks twice (--views 0)."""
     views: int | None = None
-    """Fixed crops a picture, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
+    """Fixed crops an image, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
     told, 4 where steps are taken, and else 0."""
     steps: int | None = None
     """Updates; unless told, none from the k-means start (none gained anything that was measured) and else 1,000."""
     batch_size: int = 64
-    """Pictures a step."""
+    """Images a step."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     decoder_size: int = 112
-    """Side of the rebuilt picture in pixels (target pixels): the grid's side times a power of two."""
+    """Side of the rebuilt image in pixels (target pixels): the grid's side times a power of two."""
     seed: int = 0
     """The one seed of the run."""
     run: RunConfig
@@ -151,12 +151,12 @@ class LearnConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig:
-    """Part labels and foreground ranks beside every picture, in WebDataset shards."""
+    """Part labels and foreground ranks beside every image, in WebDataset shards."""
 
     images: str | None = None
-    """Pictures: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
+    """Images: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
     relabel: Path | None = None
-    """Instead of --images: a shard set. Writes a set of labels alone over its pictures, for `pretrain --labels`."""
+    """Instead of --images: a shard set. Writes a set of labels alone over its images, for `pretrain --labels`."""
     parts: Path = Path("small")
     """Run folder of a part learner (`learn-parts`); small, the one that comes with the project; a baseline: heads,
     heads-mass, kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image; or truth:
@@ -175,11 +175,11 @@ class ExtractConfig:
     grid: int | None = None
     """Cells a side of the labels; unless told, the part learner's own, and 28 of baselines and truth."""
     attention: bool = False
-    """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and picture."""
+    """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and image."""
     samples_per_shard: int = 2048
     """Inputs a shard owns."""
     batch_size: int = 64
-    """Pictures the models see at once; never straddles shards."""
+    """Images the models see at once; never straddles shards."""
     backend: Literal["ray", "local"] = "ray"
     """ray starts or joins a cluster; local needs none."""
     workers: int = 0
@@ -187,16 +187,16 @@ class ExtractConfig:
     gpus_per_worker: float = 1.0
     """GPU share of an actor, where the cluster has GPUs."""
     seed: int = 0
-    """Seed of the order of pictures in the shards."""
+    """Seed of the order of images in the shards."""
     max_rejects: float = 0.01
     """Share of the inputs, ten of them at least, that may be unreadable before the set is refused."""
     retry_failed: bool = False
-    """Build the shards that have rejected pictures once more: the pictures were mended, or the disk has come back."""
+    """Build the shards that have rejected images once more: the images were mended, or the disk has come back."""
     run: RunConfig
 
     def __post_init__(self):
         if (self.images is None) == (self.relabel is None):
-            raise ValueError("extract needs either --images (pictures) or --relabel (a shard set), and not both")
+            raise ValueError("extract needs either --images (images) or --relabel (a shard set), and not both")
         if str(self.parts) == TRUTH and (self.attention or self.encoder or self.encoder_block is not None):
             raise ValueError(
                 "--parts truth looks through no encoder; leave out --attention, --encoder and --encoder-block"

@@ -1,4 +1,4 @@
-"""Parts that keep to the object however its picture is cropped, mirrored and lit."""
+"""Parts that keep to the object however its image is cropped, mirrored and lit."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ SCALE, JITTER = (0.4, 1.0), 0.4
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """The same pictures seen again: a box of each, mirrored or not, in other colours."""
+    """The same images seen again: a box of each, mirrored or not, in other colours."""
 
     tokens: Tokens
     boxes: Float[Tensor, "batch 4"]
@@ -30,7 +30,7 @@ def look_again(
     rank: int = 0,
     world_size: int = 1,
 ) -> Again:
-    """A second view of one rank's block of a batch, a pure function of the pictures, the seed and the step."""
+    """A second view of one rank's block of a batch, a pure function of the images, the seed and the step."""
     block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
     whole = unit(pixels)
     boxes, flip = random_places(whole, scale=SCALE, **block)

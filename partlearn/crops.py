@@ -1,4 +1,4 @@
-"""Pictures as the part learner sees them: random crops, encoded once and kept, or afresh every step."""
+"""Images as the part learner sees them: random crops, encoded once and kept, or afresh every step."""
 
 import os
 from collections.abc import Generator
@@ -11,8 +11,8 @@ from torch import Tensor
 from encoders.frozen import Encoder, Tokens
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, look_again
-from shards.image_batches import PictureBatches
-from shards.images import PictureList
+from shards.image_batches import ImageBatches
+from shards.images import ImageList
 from shards.order import permutation
 from training.augment import crop, random_boxes
 from training.progress import Progress
@@ -23,42 +23,42 @@ ENCODED_AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Crops of a batch of pictures and what the encoder says of them."""
+    """Crops of a batch of images and what the encoder says of them."""
 
     pixels: UInt8[Tensor, "batch height width 3"]
     tokens: Tokens
     again: Again | None = None
-    """The same pictures seen again, where labels are to agree."""
+    """The same images seen again, where labels are to agree."""
 
 
 class Views:
     """The crops of a run. With `config.kept_views`, they are encoded at the first call and kept."""
 
-    def __init__(self, config: LearnConfig, encoder: Encoder, pictures: PictureList):
-        self.config, self.encoder, self.pictures = config, encoder, pictures
+    def __init__(self, config: LearnConfig, encoder: Encoder, images: ImageList):
+        self.config, self.encoder, self.images = config, encoder, images
         self._store: View | None = None
 
     @property
     def count(self) -> int:
-        """Views before they come again, or pictures where every crop is fresh."""
-        return max(1, self.config.kept_views) * len(self.pictures.pictures)
+        """Views before they come again, or images where every crop is fresh."""
+        return max(1, self.config.kept_views) * len(self.images.images)
 
     def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[View, None, None]:
-        """Batches from `step` on, for ever; a pure function of the config and the pictures. Of several ranks, each
+        """Batches from `step` on, for ever; a pure function of the config and the images. Of several ranks, each
         gets its block of every batch; views that are kept are one process's (`learn` sees to it)."""
         if not self.config.kept_views:
             size = self.config.batch_size
-            return _cropped(self.config, self.encoder, self.pictures, size, step, rank, world_size)
+            return _cropped(self.config, self.encoder, self.images, size, step, rank, world_size)
         if self._store is None:
             _refuse_what_does_not_fit(self.config, self.encoder, self.count)
-            self._store = _encode_all(self.config, self.encoder, self.pictures, self.count)
+            self._store = _encode_all(self.config, self.encoder, self.images, self.count)
         return _kept(self._store, self.config, self.encoder.device, step)
 
 
 def _cropped(
     config: LearnConfig,
     encoder: Encoder,
-    pictures: PictureList,
+    listed: ImageList,
     batch_size: int,
     step: int,
     rank: int = 0,
@@ -66,8 +66,8 @@ def _cropped(
 ) -> Generator[View, None, None]:
     """Random resized crops and flips, drawn for the whole batch from (seed, step); a rank's block of them."""
     first, last = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
-    batches = PictureBatches(
-        pictures,
+    batches = ImageBatches(
+        listed,
         size=encoder.size,
         batch_size=batch_size,
         seed=config.seed,
@@ -107,11 +107,11 @@ def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> 
         step += 1
 
 
-def _encode_all(config: LearnConfig, encoder: Encoder, pictures: PictureList, count: int) -> View:
+def _encode_all(config: LearnConfig, encoder: Encoder, images: ImageList, count: int) -> View:
     """The first `count` crops of the endless sequence, tokens in fp16."""
     progress = Progress(count, "encoding", "views")
     pieces: list[View] = []
-    for view in _cropped(config, encoder, pictures, min(ENCODED_AT_ONCE, count), 0):
+    for view in _cropped(config, encoder, images, min(ENCODED_AT_ONCE, count), 0):
         pieces.append(_packed(view, config))
         progress.advance(min(len(view.pixels), count - progress.done))
         if progress.done >= count:
@@ -129,7 +129,7 @@ def _encode_all(config: LearnConfig, encoder: Encoder, pictures: PictureList, co
 
 
 def _packed(view: View, config: LearnConfig) -> View:
-    """Halved to fp16; pictures only where they are the target, else one pixel of them."""
+    """Halved to fp16; images only where they are the target, else one pixel of them."""
     pixels = view.pixels if config.target != "features" else view.pixels[:, :1, :1]
     tokens = Tokens(*(getattr(view.tokens, name).half().cpu() for name in Tokens.__dataclass_fields__))
     return View(pixels.cpu(), tokens)
@@ -157,6 +157,6 @@ def _refuse_what_does_not_fit(config: LearnConfig, encoder: Encoder, count: int)
         )
 
 
-def picture_target(view: View, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
+def image_target(view: View, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
     """Eq. 5's target: the crop in the encoder's normalisation, area-averaged down to the decoder's size."""
     return torch.nn.functional.interpolate(encoder.normalised(view.pixels), size=(size, size), mode="area")

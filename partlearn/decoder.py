@@ -1,4 +1,4 @@
-"""Eq. 3 and 4 of SemMAE: the picture back from where its parts are (maps) and what it looks like (class token)."""
+"""Eq. 3 and 4 of SemMAE: the image back from where its parts are (maps) and what it looks like (class token)."""
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class AdaIN(nn.Module):
 
         y = scale(F_c) · (x - mean) / sqrt(variance + 1e-5) + shift(F_c)
 
-    Statistics per picture and channel, biased, in fp32; the paper's text says variance, its formula deviation.
+    Statistics per image and channel, biased, in fp32; the paper's text says variance, its formula deviation.
     """
 
     def __init__(self, dim: int, channels: int):
@@ -63,7 +63,7 @@ class Stage(nn.Module):
         return x
 
 
-class PictureDecoder(nn.Module):
+class ImageDecoder(nn.Module):
     """Eq. 4: blurred maps, convolved and doubled up to `size` pixels; no skip from the encoder, no noise."""
 
     def __init__(self, dim: int, parts: int, *, grid: int, size: int):

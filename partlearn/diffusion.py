@@ -1,4 +1,4 @@
-"""Cells speak for cells like them: tokens averaged along the similarities inside a picture."""
+"""Cells speak for cells like them: tokens averaged along the similarities inside an image."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +11,7 @@ TEMPERATURE = 0.2
 def diffused(
     tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"], rounds: int
 ) -> Float[Tensor, "batch patches dim"]:
-    """`rounds` steps of a random walk over the inside cells of each picture, which goes where tokens are alike:
+    """`rounds` steps of a random walk over the inside cells of each image, which goes where tokens are alike:
 
         A = softmax(F Fᵀ / 0.2) over inside cells,        F ← unit(Aᵏ F)
 

@@ -34,7 +34,7 @@ def foreground_score(tokens: Tokens, scorer: Scorer) -> Float[Tensor, "batch pat
 
 
 def border_distance(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches"]:
-    """1 - cos(token, mean token of the picture's border cells): objects rarely fill the border."""
+    """1 - cos(token, mean token of the image's border cells): objects rarely fill the border."""
     side = round(tokens.shape[1] ** 0.5)
     border = F.normalize(tokens[:, border_cells(side)].mean(dim=1, keepdim=True), dim=-1)
     return 1 - (F.normalize(tokens, dim=-1) * border).sum(dim=-1)
@@ -44,7 +44,7 @@ def contrast(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch
     """cos(token, mean token of the object) - cos(token, mean token of the rest), the object found by `border_distance`
     and Otsu's threshold: one step of k-means with two centres, begun at the border.
 
-    Where the border holds several things, or some of its cells hold sums of the whole picture (ViT-Tiny's corners), the
+    Where the border holds several things, or some of its cells hold sums of the whole image (ViT-Tiny's corners), the
     mean of all that is no object is the better ground.
     """
     unit = F.normalize(tokens, dim=-1)
@@ -54,7 +54,7 @@ def contrast(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch
 
 
 def first_component(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches"]:
-    """Place of each unit token along the direction in which the picture's tokens vary most; its sign means nothing."""
+    """Place of each unit token along the direction in which the image's tokens vary most; its sign means nothing."""
     unit = F.normalize(tokens.float(), dim=-1)
     centred = unit - unit.mean(dim=1, keepdim=True)
     direction = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors[:, :, -1]
@@ -65,7 +65,7 @@ def normalised_cut(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, 
     """The second generalised eigenvector of (D - W) y = λ D y, W linking cells of cosine above LINKED (TokenCut,
     arXiv:2202.11539, Eq. 3); centred, its sign means nothing.
 
-    Costs an eigendecomposition of patches x patches a picture: a second for four pictures of 784 cells on a CPU.
+    Costs an eigendecomposition of patches x patches an image: a second for four images of 784 cells on a CPU.
     """
     unit = F.normalize(tokens.float(), dim=-1)
     weights = torch.where(unit @ unit.transpose(1, 2) > LINKED, 1.0, 1e-5)
@@ -95,7 +95,7 @@ def inside(rank: Int64[Tensor, "batch patches"], share: float) -> Bool[Tensor, "
 
 
 def object_cells(score: Float[Tensor, "batch patches"], share: float | None) -> Bool[Tensor, "batch patches"]:
-    """The object: the best `share` of the cells, or, without one, those above the picture's own threshold (`otsu`)."""
+    """The object: the best `share` of the cells, or, without one, those above the image's own threshold (`otsu`)."""
     rank = foreground_rank(score)
     return rank < otsu(score)[:, None] if share is None else inside(rank, share)
 
@@ -120,7 +120,7 @@ def confidence(
     tokens: Float[Tensor, "batch patches dim"], rank: Int64[Tensor, "batch patches"]
 ) -> Float[Tensor, " batch"]:
     """That there is an object, from 0 to 2: how much further the best KEPT of the cells lies from the border's mean
-    token than the rest does. Any picture ranks its cells; where all of it is background, they lie close together."""
+    token than the rest does. Any image ranks its cells; where all of it is background, they lie close together."""
     distance, kept = border_distance(tokens), inside(rank, KEPT)
     best = (distance * kept).sum(dim=1) / kept.sum(dim=1)
     rest = (distance * ~kept).sum(dim=1) / (~kept).sum(dim=1).clamp(min=1)

@@ -13,7 +13,7 @@ share of lone cells."""
 
 
 def health(maps: Float[Tensor, "batch parts patches"], cells: Bool[Tensor, "batch patches"]) -> dict[str, float]:
-    """Means over pictures, inside `cells`: parts_used (of at least IGNORED / parts of the cells), largest_share,
+    """Means over images, inside `cells`: parts_used (of at least IGNORED / parts of the cells), largest_share,
     speckle, cosine (mean over pairs of maps), and area_0, area_1, ... (each part's share)."""
     parts = maps.shape[1]
     labels = maps.argmax(dim=1).masked_fill(~cells, parts)
@@ -56,7 +56,7 @@ def complaints(figures: dict[str, float], parts: int, *, trained: bool) -> list[
     ]
     if figures.get("largest_share", 0.0) > COLLAPSED:
         found.append(
-            f"the largest part covers {figures['largest_share']:.0%} of a picture's cells: the tokens of a picture are "
+            f"the largest part covers {figures['largest_share']:.0%} of an image's cells: the tokens of an image are "
             "alike; read another --encoder-block, or lower --diffusion"
         )
     if figures.get("cosine", 0.0) > ALIKE:

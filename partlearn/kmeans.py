@@ -24,7 +24,7 @@ def spherical_kmeans(
     if len(points) < count:
         raise ValueError(
             f"k-means of {count} parts needs as many cells, and there are {len(points)}; ask for fewer --parts, or "
-            "give more pictures or a finer --grid"
+            "give more images or a finer --grid"
         )
     found = [_settled(points, _spread(points, count, generator), rounds) for _ in range(starts)]
     return max(found, key=lambda centres: (points @ centres.T).amax(dim=1).mean().item())

@@ -14,7 +14,7 @@ from encoders.frozen import Tokens
 from encoders.load import SMALL
 from encoders.whitening import centred_tokens
 from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
-from partlearn.decoder import PictureDecoder, blur
+from partlearn.decoder import ImageDecoder, blur
 from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
 from partlearn.labelling.baselines import NAMES
@@ -53,7 +53,7 @@ class LearnerShape:
 
 
 class PartLearner(nn.Module):
-    """Part attention with what it reads (tokens, foreground) and what it must rebuild (features or the picture)."""
+    """Part attention with what it reads (tokens, foreground) and what it must rebuild (features or the image)."""
 
     def __init__(self, shape: LearnerShape):
         super().__init__()
@@ -69,7 +69,7 @@ class PartLearner(nn.Module):
         if shape.target != "pixels":
             self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.width))
         if shape.target != "features":
-            self.decoder = PictureDecoder(shape.dim, shape.parts, grid=shape.grid, size=shape.decoder_size)
+            self.decoder = ImageDecoder(shape.dim, shape.parts, grid=shape.grid, size=shape.decoder_size)
 
     def learned_cells(self, tokens: Tokens) -> Bool[Tensor, "batch patches"]:
         """The cells parts are learned on."""
@@ -90,7 +90,7 @@ class PartLearner(nn.Module):
         return self.attention.logits(tokens.block_tokens[:, 0], patches), patches
 
     def seen(self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch patches dim"]:
-        """The encoder's tokens, relative to their picture's where so asked: what is whitened."""
+        """The encoder's tokens, relative to their image's where so asked: what is whitened."""
         patches = tokens.block_tokens[:, 1:]
         return centred_tokens(patches, cells) if self.shape.relative else patches
 

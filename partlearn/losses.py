@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 
 def pixel_loss(
-    rebuilt: Float[Tensor, "batch 3 height width"], picture: Float[Tensor, "batch 3 height width"]
+    rebuilt: Float[Tensor, "batch 3 height width"], image: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, ""]:
     """Eq. 5: squared error, averaged over pixels and channels (the paper sums channels, which only scales Eq. 6)."""
-    return F.mse_loss(rebuilt.float(), picture.float())
+    return F.mse_loss(rebuilt.float(), image.float())
 
 
 def feature_loss(
@@ -21,7 +21,7 @@ def feature_loss(
 ) -> Float[Tensor, ""]:
     """Each inside token against the mean of part vectors by its shares, over the tokens' own squared length:
 
-        sum_p |f(p) - sum_i M_i(p) v_i|²  /  sum_p |f(p)|²        in each picture; the mean over pictures
+        sum_p |f(p) - sum_i M_i(p) v_i|²  /  sum_p |f(p)|²        in each image; the mean over images
 
     In place of Eq. 5: pixels reward a colour code, tokens reward parts (docs/log.md).
     """
@@ -33,13 +33,13 @@ def feature_loss(
 
 
 def pairwise_cosine(maps: Float[Tensor, "batch parts patches"]) -> Float[Tensor, "batch parts parts"]:
-    """cos(m_i, m_j) of a picture's maps; norms are held above 1e-6."""
+    """cos(m_i, m_j) of an image's maps; norms are held above 1e-6."""
     unit = maps.float() / maps.float().norm(dim=2, keepdim=True).clamp(min=1e-6)
     return unit @ unit.transpose(1, 2)
 
 
 def diversity_loss(maps: Float[Tensor, "batch parts patches"]) -> Float[Tensor, ""]:
-    """Eq. 6: (1/N²) · sum over i≠j of cos²(m_i, m_j), a picture at a time; 0 for disjoint maps, (N-1)/N for equal."""
+    """Eq. 6: (1/N²) · sum over i≠j of cos²(m_i, m_j), an image at a time; 0 for disjoint maps, (N-1)/N for equal."""
     parts = maps.shape[1]
     cosine = pairwise_cosine(maps)
     between = cosine.square() * (1 - torch.eye(parts, device=maps.device))

@@ -1,4 +1,4 @@
-"""The verb `learn-parts`: pictures and a frozen encoder become a part learner."""
+"""The verb `learn-parts`: images and a frozen encoder become a part learner."""
 
 import math
 import sys
@@ -15,13 +15,13 @@ from encoders.weights import fingerprint
 from partlearn.attention import part_maps
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, consistency_loss
-from partlearn.crops import View, Views, picture_target
+from partlearn.crops import View, Views, image_target
 from partlearn.health import complaints, health
 from partlearn.initialise import start
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
 from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_loss
 from shards.atomic import sha256_json
-from shards.images import list_pictures
+from shards.images import list_images
 from training import checkpoint, distributed
 from training.device import autocast, pick_device
 from training.metrics import Metrics, last_figures
@@ -46,7 +46,7 @@ def learn(
         stop_after_steps: End early, as a kill would, after writing a checkpoint.
 
     Raises:
-        ValueError: A setting or the pictures do not fit the encoder, the memory or the ranks.
+        ValueError: A setting or the images do not fit the encoder, the memory or the ranks.
         CheckpointError: The encoder's weights cannot be loaded.
     """
     joined = distributed.start(config.run.device)
@@ -75,7 +75,7 @@ def _train(
     config: LearnConfig, run: RunFolder, encoder: Encoder | None, stop_after_steps: int | None
 ) -> dict[str, Any]:
     device = pick_device(config.run.device)
-    pictures = list_pictures(config.images)
+    images = list_images(config.images)
     encoder = encoder or load_encoder(
         config.encoder,
         grid=config.grid,
@@ -92,7 +92,7 @@ def _train(
         state = checkpoint.load_state(resumed)
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
-    views = Views(config, encoder, pictures)
+    views = Views(config, encoder, images)
     if not resumed:
         start(learner, config, encoder, views)
         distributed.same(learner.state_dict().values())
@@ -125,7 +125,7 @@ def _train(
         print(complaint, file=sys.stderr)
     report = {
         "steps": step,
-        "pictures": len(pictures.pictures),
+        "images": len(images.images),
         "encoder": encoder.description,
         **figures,
     }
@@ -171,13 +171,13 @@ def _loss(
         terms["psnr"] = -10 * math.log10(max(missed.item(), 1e-9))
     if config.target != "features":
         square = maps.unflatten(2, (config.grid, config.grid))
-        picture = picture_target(view, config.decoder_size, encoder)
+        image = image_target(view, config.decoder_size, encoder)
         known = view.tokens.class_token
-        with autocast(picture.device, config.run.precision):
+        with autocast(image.device, config.run.precision):
             rebuilt = learner.decoder(square, known if config.style == "class" else torch.zeros_like(known))
-        rebuilding = rebuilding + pixel_loss(rebuilt, picture)
-        deviation = torch.tensor(encoder.description["std"], device=picture.device).reshape(3, 1, 1)
-        terms["psnr"] = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, picture * deviation).item(), 1e-9))
+        rebuilding = rebuilding + pixel_loss(rebuilt, image)
+        deviation = torch.tensor(encoder.description["std"], device=image.device).reshape(3, 1, 1)
+        terms["psnr"] = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, image * deviation).item(), 1e-9))
     diversity = diversity_loss(maps)
     loss = rebuilding + config.diversity * diversity
     terms |= {"rebuilding": rebuilding.item(), "diversity": diversity.item()}

@@ -1,4 +1,4 @@
-"""The verb `bench`: finds or draws the pictures, runs one benchmark, prints its rows beside their bars."""
+"""The verb `bench`: finds or draws the images, runs one benchmark, prints its rows beside their bars."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def bench(config: BenchConfig) -> None:
     `environment.json` in the folder says which machine, versions and commit the figures are of.
 
     Raises:
-        FileNotFoundError: There are no such pictures, or no such part learner.
+        FileNotFoundError: There are no such images, or no such part learner.
         BenchError: Of gpu: something could not be measured.
     """
     if config.name == "gpu":
@@ -44,7 +44,7 @@ def bench(config: BenchConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     images = config.images or _creatures(out / "creatures")
     if config.name == "loader":
-        report = bench_loader(images, out=out, minutes=minutes, most=config.pictures)
+        report = bench_loader(images, out=out, minutes=minutes, most=config.max_images)
     elif config.name == "learn":
         run = RunConfig(out=out, device=config.device, threads=config.threads)
         report = bench_learn(images, minutes=minutes, run=run)
@@ -54,7 +54,7 @@ def bench(config: BenchConfig) -> None:
             parts=config.parts,
             out=out,
             minutes=minutes,
-            most=config.pictures,
+            most=config.max_images,
             build=config.build,
             run=RunConfig(out=out, device=config.device, threads=config.threads),
         )
@@ -80,7 +80,7 @@ def _gpu(config: BenchConfig) -> None:
 
 
 def _creatures(folder: Path) -> str:
-    progress = Progress(DRAWN, "drawing creatures", "pictures")
+    progress = Progress(DRAWN, "drawing creatures", "images")
     write_creatures(folder, count=DRAWN, seed=0, size=DRAWN_SIDE, progress=progress.advance)
     progress.close()
     return str(folder)

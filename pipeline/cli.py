@@ -21,7 +21,7 @@ Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each whe
 
 
 def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
-    """Train a small ViT on a folder of pictures: by self-distillation (DINO + iBOT), or from a larger encoder.
+    """Train a small ViT on a folder of images: by self-distillation (DINO + iBOT), or from a larger encoder.
 
     For domains without a ready or a fast encoder. For example:
       semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
@@ -48,7 +48,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
 
 
 def extract(config: Annotated[ExtractConfig, Plain]) -> None:
-    """Write part labels and foreground ranks beside every picture, into WebDataset shards.
+    """Write part labels and foreground ranks beside every image, into WebDataset shards.
 
     Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. For example:
       semmae extract --images photos/ --parts runs/parts --out runs/shards --backend local
@@ -57,13 +57,11 @@ def extract(config: Annotated[ExtractConfig, Plain]) -> None:
     from pipeline.extract import extract as build
 
     info = build(config)
-    print(
-        f"{config.run.out}: {info['samples']:,} pictures in {len(info['shards'])} shards, {info['rejected']} rejected"
-    )
+    print(f"{config.run.out}: {info['samples']:,} images in {len(info['shards'])} shards, {info['rejected']} rejected")
 
 
 def verify(config: Annotated[VerifyConfig, Plain]) -> None:
-    """Check a shard set: sizes (fast), digests (hash), or every byte, label and picture (deep).
+    """Check a shard set: sizes (fast), digests (hash), or every byte, label and image (deep).
 
     For example:
       semmae verify --data runs/shards --level deep
@@ -133,7 +131,7 @@ def submit(config: Annotated[SubmitConfig, Plain]) -> None:
 
 
 def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
-    """Score part labels on pictures whose parts are known, beside baselines and shortcuts.
+    """Score part labels on images whose parts are known, beside baselines and shortcuts.
 
     For example:
       semmae score-parts --images cars/val people/val --parts runs/parts heads kmeans-image grid --encoder dino:dino.pth --sheet parts.png
@@ -144,7 +142,7 @@ def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
 
 
 def demo(config: Annotated[DemoConfig, Plain]) -> None:
-    """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and a picture sheet.
+    """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and an image sheet.
 
     For example:
       semmae demo
@@ -181,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             VERBS,
             args=arguments,
             prog="semmae",
-            description="Semantic-guided masking for masked autoencoders, from pictures to numbers.",
+            description="Semantic-guided masking for masked autoencoders, from images to numbers.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     except KeyboardInterrupt:

@@ -14,9 +14,9 @@ class VerifyConfig:
     data: Path
     """Shard set: a folder with dataset.json."""
     level: Literal["fast", "hash", "deep"] = "fast"
-    """fast: files and sizes; hash: every digest; deep: every member, checksum, label and picture."""
+    """fast: files and sizes; hash: every digest; deep: every member, checksum, label and image."""
     repair: bool = False
-    """Build the bad shards once more, from the pictures and weights that dataset.json names, to the same digests."""
+    """Build the bad shards once more, from the images and weights that dataset.json names, to the same digests."""
     json: Path | None = None
     """Write the faults there as a JSON list of rows."""
     debug: bool = False
@@ -42,11 +42,11 @@ class DemoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorePartsConfig:
-    """Part labels against pictures whose parts are known."""
+    """Part labels against images whose parts are known."""
 
     images: tuple[str, ...]
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background, 255 = unknown) or masks/NAME.png
-    (0 and 255), of the size of the picture."""
+    (0 and 255), of the size of the image."""
     parts: tuple[str, ...] = ("small", "heads", "kmeans-image", "regions", "grid", "bands")
     """Run folders of part learners (small: the one that comes with the project), or baselines: heads, heads-mass,
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
@@ -62,11 +62,11 @@ class ScorePartsConfig:
     grid: int = 28
     """Cells a side of the labels of the whole table; a learner on another grid is refused."""
     size: int = 224
-    """Side in pixels that the pictures are cut to."""
+    """Side in pixels that the images are cut to."""
     json: Path | None = None
     """Write the rows there as a JSON list."""
     sheet: Path | None = None
-    """Draw the first pictures of the first folder there (PNG): truth beside the labels of each method, in the order of
+    """Draw the first images of the first folder there (PNG): truth beside the labels of each method, in the order of
     the table; of more than eight methods, one PNG a method (NAME-METHOD.png)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the encoder runs."""
@@ -85,11 +85,11 @@ class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 
     name: Positional[Literal["loader", "extract", "learn", "gpu"]]
-    """loader: pictures a second of the stream and of others; extract: share of labelling outside the models;
+    """loader: images a second of the stream and of others; extract: share of labelling outside the models;
     learn: a step of the part learner over the encoder's bare forward; gpu: everything that a GPU is wanted for, in
     nine minutes (benchmarks/README.md)."""
     images: str | None = None
-    """Pictures; without them, procedural creatures are drawn into --out."""
+    """Images; without them, procedural creatures are drawn into --out."""
     parts: Path | None = None
     """Run folder of a part learner (extract); an untrained one, for its speed alone, unless told."""
     out: Path | None = None
@@ -106,28 +106,29 @@ class BenchConfig:
     """Shard set with classes for the masking study of gpu. Default: drawings."""
     rehearse: bool = False
     """Run everything of gpu at toy size, on a CPU."""
-    pictures: int = 1024
-    """At most so many of the pictures, evenly spaced."""
+    max_images: int = 1024
+    """At most so many of the images, evenly spaced."""
     build: int = 128
-    """Pictures in a build (extract)."""
+    """Images in a build (extract)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run (extract)."""
     threads: int = 2
-    """Threads that read and decode pictures (extract)."""
+    """Threads that read and decode images (extract)."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self):
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes must be above 0, got {self.minutes}")
-        if min(self.pictures, self.build, self.threads) < 1:
+        if min(self.max_images, self.build, self.threads) < 1:
             raise ValueError(
-                f"pictures, build and threads must be at least 1, got {self.pictures}, {self.build} and {self.threads}"
+                "max_images, build and threads must be at least 1, "
+                f"got {self.max_images}, {self.build} and {self.threads}"
             )
         if self.parts and self.name != "extract":
             raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
         fields = type(self).__dataclass_fields__
-        for name in ("images", "pictures", "build", "device", "threads") if self.name == "gpu" else ():
+        for name in ("images", "max_images", "build", "device", "threads") if self.name == "gpu" else ():
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"bench gpu takes no --{name}: it draws its images and takes the GPU and every core")
         if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):

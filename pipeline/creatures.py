@@ -1,11 +1,11 @@
-"""Procedural creatures with true part maps: the built-in pictures of `make demo`.
+"""Procedural creatures with true part maps: the built-in images of `make demo`.
 
 Eight species seen from above, each an articulated figure of tubes (a bent centre line and a half-width along it).
 What tells a part is its outline and its texture *family*, shared over species: tails are banded, torsos spotted, and so
-on. What tells nothing, by construction, is colour (figure, ground and clutter draw from one palette a picture),
+on. What tells nothing, by construction, is colour (figure, ground and clutter draw from one palette an image),
 place, size, heading and pose (all random). Rocks and sticks lie about, so an edge is not yet a creature.
 
-A picture is a pure function of (seed, index, species, size). It is drawn at twice its size and reduced.
+An image is a pure function of (seed, index, species, size). It is drawn at twice its size and reduced.
 """
 
 import shutil
@@ -24,7 +24,7 @@ HEAD, TORSO, TAIL, FORELEGS, HINDLEGS, WINGS = range(1, 7)
 ROCK, STICK = 7, 8
 """Clutter: pieces like any other, but background in the part map."""
 
-# Dark to light; a picture takes one palette and jitters it.
+# Dark to light; an image takes one palette and jitters it.
 PALETTES = (
     ("#264653", "#3d405b", "#8c4a3a", "#2a9d8f", "#e9c46a", "#f4a261", "#f1e8d0"),
     ("#283618", "#4b3b2b", "#606c38", "#bc6c25", "#dda15e", "#c9d19a", "#fefae0"),
@@ -118,9 +118,9 @@ class Piece(NamedTuple):
 def draw_creature(
     seed: int, index: int, species: int, size: int = 96
 ) -> tuple[UInt8[np.ndarray, "size size 3"], UInt8[np.ndarray, "size size"]]:
-    """A picture and its part map: 0 is background, then `PARTS` in order.
+    """An image and its part map: 0 is background, then `PARTS` in order.
 
-    A pose that leaves too little or too much of the creature in the picture (outside 0.13 to 0.44 of the pixels, or
+    A pose that leaves too little or too much of the creature in the image (outside 0.13 to 0.44 of the pixels, or
     fewer than four parts) is thrown again.
     """
     if not 0 <= species < len(SPECIES):
@@ -140,12 +140,12 @@ def draw_creature(
 def write_creatures(
     folder: Path, *, count: int, seed: int, size: int = 96, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write `count` pictures, species in turn, as folder/images/SPECIES/NNNNN.jpg and folder/labels/SPECIES/NNNNN.png.
+    """Write `count` images, species in turn, as folder/images/SPECIES/NNNNN.jpg and folder/labels/SPECIES/NNNNN.png.
 
     The folder appears whole or not at all (drawn beside its place, then renamed); one that exists is left as it is.
 
     Args:
-        progress: Called with 1 after each picture.
+        progress: Called with 1 after each image.
     """
     if folder.exists():
         return
@@ -243,7 +243,7 @@ def _clutter(rng: np.random.Generator, side: int) -> list[Piece]:
 
 
 def _placed(pieces: list[Piece], rng: np.random.Generator, side: int) -> list[Piece]:
-    """Scale, turn and move a creature; a limb may leave the picture by an eighth of its side."""
+    """Scale, turn and move a creature; a limb may leave the image by an eighth of its side."""
     outlines = [piece.outline() for piece in pieces]
     crossed = [np.abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2 for x, y in (o.T for o in outlines)]
     overlap = 0.78
@@ -321,7 +321,7 @@ def _painted(
 def _colours(
     pieces: list[Piece], rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"]]:
-    """Two colours for the ground, each piece, and the second ground: three pairs a picture, shared by all of it."""
+    """Two colours for the ground, each piece, and the second ground: three pairs an image, shared by all of it."""
     palette = np.array([ImageColor.getrgb(name) for name in PALETTES[rng.integers(len(PALETTES))]], np.float32)
     palette = palette * rng.uniform(0.88, 1.12, (1, 3)) * rng.uniform(0.9, 1.1, (len(palette), 1))
     pairs = np.stack([palette[rng.permutation(3)], palette[3 + rng.permutation(4)[:3]]], 1)
@@ -337,7 +337,7 @@ def _colours(
 
 
 def _noise(rng: np.random.Generator, cells: float, side: int, stretch: float = 1.0) -> Float[np.ndarray, "side side"]:
-    """Smooth noise in 0..1, `cells` bumps across the picture, `stretch` times longer along a random direction."""
+    """Smooth noise in 0..1, `cells` bumps across the image, `stretch` times longer along a random direction."""
     step, turn = cells / side, rng.uniform(0, 2 * np.pi)
     count = int(1.5 * cells) + 6
     c, s = step * np.cos(turn), step * np.sin(turn)

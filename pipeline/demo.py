@@ -26,15 +26,15 @@ from pipeline.figures.pretrain_sheet import draw_sheet
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json
-from shards.images import list_pictures
+from shards.images import list_images
 from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import clock
 
-PICTURES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
+IMAGES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
 GRID = SIDE // PATCH
 PHOTO_SIDE = 112
-"""Of the squares stored of one's own pictures: 14 patches a side, which divide the 28 cells of the parts that come with
+"""Of the squares stored of one's own images: 14 patches a side, which divide the 28 cells of the parts that come with
 the project."""
 SHORT = {
     "foreground_ap": "AP",
@@ -121,19 +121,19 @@ class Stages:
 
 
 def demo(config: DemoConfig) -> None:
-    """Run what is missing of the whole job in `config.out`, then print its table and draw its picture sheet."""
+    """Run what is missing of the whole job in `config.out`, then print its table and draw its image sheet."""
     began = time.monotonic()
     procedural = config.images is None
-    pictures = config.out / "pictures"
+    images = config.out / "images"
     if procedural:
-        _step("drawing", "creatures, with true parts", lambda: _draw(pictures, config.seed))
-    stages = Stages(config, str(pictures / "train") if procedural else str(config.images))
-    classes = list_pictures(stages.images).classes
+        _step("drawing", "creatures, with true parts", lambda: _draw(images, config.seed))
+    stages = Stages(config, str(images / "train") if procedural else str(config.images))
+    classes = list_images(stages.images).classes
 
     parts = _learn_parts(stages) if procedural else Path("small")  # encoders/builtin/README.md
     _step(
         "shards",
-        "labels beside every picture",
+        "labels beside every image",
         lambda: extract(stages.shards(stages.images, parts, "shards")),
     )
     epochs = _epochs(len(ShardSet.open(config.out / "shards")))
@@ -146,9 +146,9 @@ def demo(config: DemoConfig) -> None:
         _step("pretrain", name, lambda pretraining=pretraining: pretrain(pretraining))
 
     if procedural:
-        val = stages.shards(str(pictures / "val"), parts, "shards-val")
-        _step("shards", "labels of the held-out pictures", lambda: extract(val))
-        _print_parts(stages, pictures, val)
+        val = stages.shards(str(images / "val"), parts, "shards-val")
+        _step("shards", "labels of the held-out images", lambda: extract(val))
+        _print_parts(stages, images, val)
     _print_accuracy(config, runs, classes, procedural)
     sheet = draw_sheet(
         config.out / "sheet.png",
@@ -156,7 +156,7 @@ def demo(config: DemoConfig) -> None:
         run=runs["semantic masking"].run.out,
         seed=config.seed,
     )
-    print(f"picture sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}")
+    print(f"image sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}")
 
 
 def _learn_parts(stages: Stages) -> Path:
@@ -168,13 +168,13 @@ def _learn_parts(stages: Stages) -> Path:
     return parts.run.out
 
 
-def _draw(pictures: Path, seed: int) -> None:
-    write_creatures(pictures / "train", count=PICTURES, seed=seed, size=SIDE)
-    write_creatures(pictures / "val", count=HELD_OUT, seed=seed + 1_000, size=SIDE)
+def _draw(images: Path, seed: int) -> None:
+    write_creatures(images / "train", count=IMAGES, seed=seed, size=SIDE)
+    write_creatures(images / "val", count=HELD_OUT, seed=seed + 1_000, size=SIDE)
 
 
 def _epochs(count: int) -> int:
-    """Passes that take the pretrainings of the demo about as long on any set: 28,000 pictures, at least one pass."""
+    """Passes that take the pretrainings of the demo about as long on any set: 28,000 images, at least one pass."""
     return max(1, round(28_000 / count))
 
 
@@ -185,7 +185,7 @@ def _step(name: str, what: str, work: Callable[[], Any]) -> None:
     print(f"{name:9} {what}: {clock(time.monotonic() - began)}", file=sys.stderr, flush=True)
 
 
-def _print_parts(stages: Stages, pictures: Path, val: ExtractConfig) -> None:
+def _print_parts(stages: Stages, images: Path, val: ExtractConfig) -> None:
     """Labels against the truth, beside shortcuts and the same learner on an untrained encoder."""
     untrained = stages.encoder(trained=False)
     parts = stages.parts(untrained, "parts-untrained")
@@ -200,10 +200,10 @@ def _print_parts(stages: Stages, pictures: Path, val: ExtractConfig) -> None:
             "learned parts": ShardSet.open(val.run.out),
             "same, untrained encoder": ShardSet.open(control.run.out),
         },
-        truth=pictures / "val",
+        truth=images / "val",
     )
     write_json(stages.config.out / "parts.json", rows)
-    table = Table("", *SHORT.values(), title=f"parts and foreground against the truth, {HELD_OUT} held-out pictures")
+    table = Table("", *SHORT.values(), title=f"parts and foreground against the truth, {HELD_OUT} held-out images")
     for row in rows:
         table.add_row(row["method"], *("" if row[c] is None else f"{row[c]:.3f}" for c in SHORT))
     Console().print(table)
@@ -217,7 +217,7 @@ def _print_accuracy(
     config: DemoConfig, runs: dict[str, PretrainConfig], classes: tuple[str, ...], procedural: bool
 ) -> None:
     if not classes:
-        print("no class folders in these pictures, so no k-NN and no probe")
+        print("no class folders in these images, so no k-NN and no probe")
         return
     table = Table(
         "encoder",

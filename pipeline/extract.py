@@ -12,7 +12,7 @@ from partlearn.config import TRUTH, ExtractConfig
 from partlearn.labelling.baselines import NAMES
 from partlearn.labelling.learned import Labeller
 from partlearn.labelling.shard import AnyLabeller, build_shard
-from partlearn.labelling.sources import FromPictures, Source, open_source
+from partlearn.labelling.sources import FromImages, Source, open_source
 from partlearn.labelling.truth import TruthLabeller
 from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
@@ -28,9 +28,9 @@ HOW = ("run", "backend", "workers", "gpus_per_worker", "retry_failed")
 
 
 def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str, Any]:
-    """Label every picture of `config.images` into the shard set `config.run.out`, and return its dataset.json.
+    """Label every image of `config.images` into the shard set `config.run.out`, and return its dataset.json.
 
-    With `config.relabel`, a label set over the pictures of that shard set. Every shard owns a fixed slice of the
+    With `config.relabel`, a label set over the images of that shard set. Every shard owns a fixed slice of the
     inputs and is committed whole; a rerun builds what is missing and touches nothing else. On Ray a shard that fails is
     tried three times and the others are built all the same; in this process its error ends the build at once.
 
@@ -39,7 +39,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
 
     Raises:
         ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights.
-        ShardError: Shards failed, too many pictures are unreadable, or another process builds in this folder.
+        ShardError: Shards failed, too many images are unreadable, or another process builds in this folder.
     """
     folder = Path(config.run.out)
     source = open_source(
@@ -81,7 +81,7 @@ def load_labeller(config: ExtractConfig, source: Source) -> AnyLabeller:
 
 def _plan(config: ExtractConfig, source: Source, labeller: AnyLabeller) -> dict[str, Any]:
     """What decides the bytes of every shard; a folder takes one plan for life."""
-    pictures = {
+    images = {
         "samples_per_shard": config.samples_per_shard,
         "size": config.size,
         "quality": config.quality,
@@ -96,12 +96,12 @@ def _plan(config: ExtractConfig, source: Source, labeller: AnyLabeller) -> dict[
         "groups": labeller.groups,
         "heads": labeller.heads,
         **labeller.identity,
-        **(pictures if isinstance(source, FromPictures) else {"kind": "labels"}),
+        **(images if isinstance(source, FromImages) else {"kind": "labels"}),
     }
 
 
 def _forget_rejects(folder: Path, count: int) -> None:
-    """Take back the shards that rejected pictures, so that they are built once more."""
+    """Take back the shards that rejected images, so that they are built once more."""
     for number in range(count):
         sidecar = shard_paths(folder, number)[2]
         if sidecar.is_file() and read_json(sidecar)["rejected"]:
@@ -125,7 +125,7 @@ def _build_missing(
         return
     left = sum(source.shard_sizes[number] for number in missing)
     total = sum(source.shard_sizes)
-    progress = Progress(total, "extracting", "pictures", done=total - left)
+    progress = Progress(total, "extracting", "images", done=total - left)
     build = _on_ray if config.backend == "ray" else _here
     failed, rejected, retries = {}, 0, 0
     for number, outcome in build(missing, source, labeller, config, plan_digest):
@@ -170,7 +170,7 @@ def _finish(
     whole = finalise(folder, shard_count=len(source.shard_sizes), plan_digest=plan_digest, info=info)
     if whole["rejected"]:
         print(
-            f"{whole['rejected']} of {whole['inputs']['count']} pictures could not be used and are listed, with the "
+            f"{whole['rejected']} of {whole['inputs']['count']} images could not be used and are listed, with the "
             f"reason, in {folder / 'rejected.parquet'}; once they are mended, add --retry-failed",
             file=sys.stderr,
         )
@@ -178,7 +178,7 @@ def _finish(
 
 
 def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source) -> None:
-    """An outage of the storage must not pass for a set of few pictures."""
+    """An outage of the storage must not pass for a set of few images."""
     rejected = [
         one
         for number in range(len(source.shard_sizes))
@@ -187,7 +187,7 @@ def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source
     if len(rejected) > max(10, config.max_rejects * source.inputs["count"]):
         first = rejected[0]
         raise ShardError(
-            f"{len(rejected)} of {source.inputs['count']} pictures could not be read, the first, {first['source']}, "
+            f"{len(rejected)} of {source.inputs['count']} images could not be read, the first, {first['source']}, "
             f"because: {first['reason']}; mend them and add --retry-failed, or raise --max-rejects"
         )
 

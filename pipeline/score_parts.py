@@ -39,8 +39,8 @@ SHOWN = {
 """Columns of the printed table, and their names there; --json has all."""
 LEGEND = (
     "AP: rank of the foreground. b1, b2: what labels tell of true parts beyond height and colour, with two null "
-    "models. NMI: with true parts, all pictures together. RGB: NMI with clusters of colours. shift, flip, seeds: "
-    "agreement of two crops, with the mirror image, and of runs of other seeds. used: parts in a picture. lone: cells "
+    "models. NMI: with true parts, all images together. RGB: NMI with clusters of colours. shift, flip, seeds: "
+    "agreement of two crops, with the mirror image, and of runs of other seeds. used: parts in an image. lone: cells "
     "that share their label with no neighbour. flip and lone look only where there are parts. --json FILE has more; "
     "partlearn/RESULTS.md says how to read them."
 )
@@ -75,12 +75,12 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.
         ValueError: A learner on another grid than the table's; a truth of another size
-            than its picture; shuffled labels of a folder with one picture.
+            than its image; shuffled labels of a folder with one image.
     """
     for file in filter(None, (config.json, config.sheet)):
         file.parent.mkdir(parents=True, exist_ok=True)
     sets = {name: TruthSet(Path(name)) for name in config.images}
-    pictures = sum(len(one.pictures) for one in sets.values())
+    images = sum(len(one.images) for one in sets.values())
     learners = list(_learners(config))
     read = (
         learners[0].labeller.encoder.description
@@ -89,7 +89,7 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     )
     methods = [*learners, *_baselines(config, read)]
     together = _on_one_encoder(methods)
-    progress = Progress(LABELLINGS * pictures * len(together), "score-parts", "views")
+    progress = Progress(LABELLINGS * images * len(together), "score-parts", "views")
     rows: list[dict[str, Any]] = []
     seen: dict[str, dict[str, np.ndarray]] = {name: {} for name in sets}
     for group in together:
@@ -227,7 +227,7 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
 
 
 def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[str, np.ndarray]) -> None:
-    """Pictures, truth, and the labels of each method, in one PNG, or in one a method where they are many."""
+    """Images, truth, and the labels of each method, in one PNG, or in one a method where they are many."""
     view = truths.centre(size=config.size, grid=config.grid)
     images, true = view.images[:ROWS].astype(np.float32), view.truth[:ROWS]
     both = [images, _tinted(images, np.where(true == 255, 0, true))]
@@ -239,7 +239,7 @@ def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[st
         }
     sheet.parent.mkdir(parents=True, exist_ok=True)
     for path, methods in sheets.items():
-        names = ["picture", "truth", *_headings(methods)]
+        names = ["image", "truth", *_headings(methods)]
         columns = [*both, *(_tinted(images, seen[method][:ROWS]) for method in methods)]
         buffer = io.BytesIO()
         assemble(names, columns).save(buffer, "PNG")
@@ -254,6 +254,6 @@ def _headings(methods: Sequence[str]) -> list[str]:
 
 
 def _tinted(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Labels over the picture; 0 is the background."""
+    """Labels over the image; 0 is the background."""
     groups = int(labels.max()) + 1
     return tinted(images, (labels.astype(np.int64) - 1) % groups, groups)

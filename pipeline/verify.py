@@ -37,7 +37,7 @@ def repair(folder: Path, faults: list[Fault]) -> None:
 
     Raises:
         ShardError: They came out with other bytes; the set is whole again, but no longer the one that runs used.
-        FileNotFoundError: The pictures, the encoder or the part learner are not where dataset.json says.
+        FileNotFoundError: The images, the encoder or the part learner are not where dataset.json says.
     """
     from pipeline.extract import extract
 

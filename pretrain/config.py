@@ -56,9 +56,9 @@ class PretrainConfig:
     norm_pix_loss: bool = True
     """Targets are each patch's pixels minus their mean, over their deviation."""
     flip: bool = True
-    """Mirror every other picture, with its labels (the paper)."""
+    """Mirror every other image, with its labels (the paper)."""
     crop_scale: float = 1.0
-    """Least share of a picture's area that a random resized crop keeps, its labels with it; 1 = no crop (the paper),
+    """Least share of an image's area that a random resized crop keeps, its labels with it; 1 = no crop (the paper),
     0.2 = MAE's."""
     window: int = 0
     """Shards shuffled together; 0 = all of them, 8 or so for slow or remote disks."""
@@ -67,9 +67,9 @@ class PretrainConfig:
     epochs: int = 800
     """Passes over the shards; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 4096
-    """Pictures a step, over all ranks."""
+    """Images a step, over all ranks."""
     base_lr: float = 1.5e-4
-    """Learning rate at 256 pictures a step; scales with the batch."""
+    """Learning rate at 256 images a step; scales with the batch."""
     warmup_epochs: float = 40.0
     """Epochs of rising learning rate."""
     weight_decay: float = 0.05

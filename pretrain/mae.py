@@ -116,10 +116,10 @@ class MAE(nn.Module):
         ids_visible: Int64[Tensor, "batch visible"],
         ids_hidden: Int64[Tensor, "batch hidden"],
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The picture with its hidden patches predicted; patches of neither set are 0.
+        """The image with its hidden patches predicted; patches of neither set are 0.
 
-        With norm_pix_loss a patch's own mean and deviation are put back, as in MAE's pictures: the network was never
-        asked for them, so colours and contrast in such a picture are not its work.
+        With norm_pix_loss a patch's own mean and deviation are put back, as in MAE's images: the network was never
+        asked for them, so colours and contrast in such an image are not its work.
         """
         patches = patchify(images, self.patch)
         predicted = self.predict(patches, ids_visible, ids_hidden).float()
@@ -127,10 +127,10 @@ class MAE(nn.Module):
             truth = gather(patches, ids_hidden).float()
             variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
             predicted = predicted * (variance + 1e-6).sqrt() + mean
-        picture = torch.zeros_like(patches)
+        image = torch.zeros_like(patches)
         for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_hidden, predicted)):
-            picture.scatter_(1, ids[..., None].expand_as(pixels), pixels.to(picture.dtype))
-        return unpatchify(picture, self.patch)
+            image.scatter_(1, ids[..., None].expand_as(pixels), pixels.to(image.dtype))
+        return unpatchify(image, self.patch)
 
 
 def patchify(images: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tensor, "batch patches pixels"]:
@@ -141,7 +141,7 @@ def patchify(images: Float[Tensor, "batch 3 height width"], patch: int) -> Float
 
 
 def unpatchify(patches: Float[Tensor, "batch patches pixels"], patch: int) -> Float[Tensor, "batch 3 height width"]:
-    """`patchify` undone, for square pictures."""
+    """`patchify` undone, for square images."""
     side = round(patches.shape[1] ** 0.5)
     blocks = patches.reshape(len(patches), side, side, 3, patch, patch)
     return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), 3, side * patch, side * patch)
@@ -150,7 +150,7 @@ def unpatchify(patches: Float[Tensor, "batch patches pixels"], patch: int) -> Fl
 def gather(
     values: Float[Tensor, "batch patches dim"], ids: Int64[Tensor, "batch chosen"]
 ) -> Float[Tensor, "batch chosen dim"]:
-    """Rows `ids` of each picture."""
+    """Rows `ids` of each image."""
     return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
 
 

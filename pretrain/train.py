@@ -187,7 +187,7 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             "extract with a part learner, or take --masking random"
         )
     if shards.size % config.patch:
-        raise ValueError(f"--patch {config.patch} does not divide the {shards.size}-px pictures of {config.data}")
+        raise ValueError(f"--patch {config.patch} does not divide the {shards.size}-px images of {config.data}")
     side = shards.size // config.patch
     if shards.grid % side:
         raise ValueError(
@@ -198,7 +198,7 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
     hidden = hidden_count(kept, config.mask_ratio)
     if not 0 < hidden < kept:
         raise ValueError(
-            f"--mask-ratio {config.mask_ratio} hides {hidden} of the {kept} patches kept of a picture, expected at "
+            f"--mask-ratio {config.mask_ratio} hides {hidden} of the {kept} patches kept of an image, expected at "
             "least one hidden and one visible; change it, or choose a smaller --patch or a larger --keep-share"
         )
     if config.batch_size % distributed.world_size():

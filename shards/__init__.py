@@ -1,1 +1,1 @@
-"""Part-labelled pictures at rest and as a stream. Knows no model."""
+"""Part-labelled images at rest and as a stream. Knows no model."""

@@ -1,4 +1,4 @@
-"""Batches filled from shards on threads: pictures decoded in place, labels beside them, both altered together."""
+"""Batches filled from shards on threads: images decoded in place, labels beside them, both altered together."""
 
 import sys
 import threading
@@ -24,7 +24,7 @@ UNHELD = 3
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures and labels of one step of one rank."""
+    """Images and labels of one step of one rank."""
 
     images: UInt8[np.ndarray, "batch height width 3"]
     parts: UInt8[np.ndarray, "batch rows cols"]
@@ -40,16 +40,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a picture and its labels are altered together; every draw is keyed by (seed, epoch, picture)."""
+    """How an image and its labels are altered together; every draw is keyed by (seed, epoch, image)."""
 
     flip: bool = False
-    """Mirror every other picture."""
+    """Mirror every other image."""
     crop_scale: float = 1.0
     """Least share of the area that a random resized crop keeps; 1 = no crop."""
     seed: int = 0
 
     def draw(self, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int) -> "Draws":
-        """What is done to each picture of a batch."""
+        """What is done to each image of a batch."""
         crops = self.crop_scale < 1
         return Draws(
             draw_flips(self.seed, epochs, indices) if self.flip else None,
@@ -59,14 +59,14 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Which pictures of a batch are mirrored, and the box (x0, y0, width, height) that is kept of each."""
+    """Which images of a batch are mirrored, and the box (x0, y0, width, height) that is kept of each."""
 
     flips: Bool[np.ndarray, " batch"] | None
     boxes: Int64[np.ndarray, "batch 4"] | None
 
 
 STORED = View()
-"""Pictures and labels as they are stored."""
+"""Images and labels as they are stored."""
 
 
 Place = tuple[np.ndarray, np.ndarray, int]
@@ -120,7 +120,7 @@ class Reader:
         return batch, [pool.submit(self._fill, batch, draws, slice_) for slice_ in slices]
 
     def _pixels(self, rows: int) -> UInt8[np.ndarray, "rows height width 3"]:
-        """Room for pictures: that of an earlier batch, when nobody holds it, or its views and tensors, any more.
+        """Room for images: that of an earlier batch, when nobody holds it, or its views and tensors, any more.
 
         Fresh memory is zeroed by the kernel first, which costs a tenth of the decoding.
         """
@@ -139,7 +139,7 @@ class Reader:
             self._read_into(batch, row, draws, scratch)
 
     def _read_into(self, batch: Batch, row: int, draws: Draws, scratch: np.ndarray) -> None:
-        """One picture and its labels; or its neighbour's, where that is allowed and it is damaged."""
+        """One image and its labels; or its neighbour's, where that is allowed and it is damaged."""
         wanted = int(batch.indices[row])
         for hop in range(HOPS if self.substitutes else 1):
             index = (wanted + hop) % len(self.shards)

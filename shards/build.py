@@ -87,7 +87,7 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
         )
     if not first:
         raise ShardError(
-            f"none of the {len(rejected)} pictures could be read, the first because: {rejected[0]['reason']}"
+            f"none of the {len(rejected)} images could be read, the first because: {rejected[0]['reason']}"
         )
     write_whole(folder / "index.parquet", table_bytes(merged(tables)))
     write_whole(folder / "rejected.parquet", _parquet(pa.Table.from_pylist(rejected, schema=REJECTED)))
@@ -119,7 +119,7 @@ def _still_whole(folder: Path, sidecars: list[dict[str, Any]]) -> dict[str, Any]
 
 
 OF_SOME = ("heads", "labels_of")
-"""Heads of the stored class attention; in a label set, the fingerprint of the set whose pictures it is of."""
+"""Heads of the stored class attention; in a label set, the fingerprint of the set whose images it is of."""
 
 
 def fingerprint(info: dict[str, Any]) -> str:

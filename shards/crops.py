@@ -1,4 +1,4 @@
-"""A picture and its labels cropped and mirrored together: after it, a label cell covers what it covered before."""
+"""An image and its labels cropped and mirrored together: after it, a label cell covers what it covered before."""
 
 import math
 
@@ -15,7 +15,7 @@ TRIES = 10
 def draw_flips(
     seed: int, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"]
 ) -> Bool[np.ndarray, " batch"]:
-    """Which pictures are mirrored: every other one on average."""
+    """Which images are mirrored: every other one on average."""
     return uniform(seed, epochs, indices, FLIP, 1)[:, 0] < 0.5
 
 
@@ -23,7 +23,7 @@ def draw_boxes(
     seed: int, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int, scale: float
 ) -> Int64[np.ndarray, "batch 4"]:
     """Random resized crops as torchvision draws them (area in [scale, 1], log-uniform ratio in [3/4, 4/3], ten
-    tries, else the whole picture), as x0, y0, width, height in pixels of the stored square."""
+    tries, else the whole image), as x0, y0, width, height in pixels of the stored square."""
     draws = uniform(seed, epochs, indices, CROP, 4 * TRIES).reshape(-1, TRIES, 4).astype(np.float64)
     area = size**2 * (scale + (1 - scale) * draws[..., 0])
     ratio = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * draws[..., 1])

@@ -78,10 +78,10 @@ def decode_mirrored_into(
 
 @functools.cache
 def assert_decoders_agree() -> None:
-    """Decode one picture both ways, once a process: training must not depend on which decoder is installed.
+    """Decode one image both ways, once a process: training must not depend on which decoder is installed.
 
     Raises:
-        ShardError: simplejpeg and Pillow give different pixels, or the mirrored decoding another picture.
+        ShardError: simplejpeg and Pillow give different pixels, or the mirrored decoding another image.
     """
     y, x = np.mgrid[:64, :64]
     drawn = np.stack([4 * x, 4 * y, (x * y) % 256], axis=-1).astype(np.uint8)
@@ -104,29 +104,29 @@ def _by_pillow(jpeg: bytes) -> np.ndarray:
 
 def _check_size(found: Sequence[SupportsInt], row: np.ndarray) -> None:
     if tuple(found) != row.shape[:2]:
-        raise ValueError(f"the picture is {found[1]}x{found[0]}, expected {row.shape[1]}x{row.shape[0]}")
+        raise ValueError(f"the image is {found[1]}x{found[0]}, expected {row.shape[1]}x{row.shape[0]}")
 
 
-class PictureError(ValueError):
-    """A picture that cannot be decoded; the message is the reason."""
+class ImageError(ValueError):
+    """An image that cannot be decoded; the message is the reason."""
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha lies over white.
 
     Raises:
-        PictureError: The bytes are no whole picture; of the same bytes, always in the same words.
+        ImageError: The bytes are no whole image; of the same bytes, always in the same words.
     """
     if not data:
-        raise PictureError("empty file")
+        raise ImageError("empty file")
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:  # Pillow names the buffer by its address
-        raise PictureError("not a picture that Pillow knows (JPEG, PNG, WebP, ...)") from error
-    except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this picture's reason
-        raise PictureError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ImageError("not an image that Pillow knows (JPEG, PNG, WebP, ...)") from error
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this image's reason
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image.Image, Box]:

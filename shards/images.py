@@ -1,4 +1,4 @@
-"""Pictures before they are shards: which there are, and their pixels as RGB."""
+"""Images before they are shards: which there are, and their pixels as RGB."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ EXPECTED = "a folder, a text file of paths or a .tar"
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Where one picture lies: a file, or a member of a tar."""
+class ImageFile:
+    """Where one image lies: a file, or a member of a tar."""
 
     name: str
     location: str
@@ -29,54 +29,53 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureList:
-    """The pictures of a source in the byte order of their names, and the classes they are of."""
+class ImageList:
+    """The images of a source in the byte order of their names, and the classes they are of."""
 
     source: str
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     classes: tuple[str, ...]
 
     @property
     def digest(self) -> str:
         """SHA-256 over names and classes, in order: the identity of an input list."""
-        rows = [[picture.name, picture.class_id] for picture in self.pictures]
+        rows = [[image.name, image.class_id] for image in self.images]
         return hashlib.sha256(json.dumps([self.classes, rows]).encode()).hexdigest()
 
 
-def list_pictures(source: str | Path) -> PictureList:
-    """The pictures in `source`.
+def list_images(source: str | Path) -> ImageList:
+    """The images in `source`.
 
-    A folder (classes are its subfolders when all pictures lie in two or more of them; `images/` beside `labels/` or
+    A folder (classes are its subfolders when all images lie in two or more of them; `images/` beside `labels/` or
     `masks/` stands for the folder), a text file (a path or URI a line, paths relative to the file, then perhaps a tab
     and the class), a .tar, or a folder of tars (class from `KEY.cls`, else from the first folder of the names). Each
     may lie in an object store: `s3://bucket/train`.
 
     Raises:
         FileNotFoundError: There is no such path.
-        ValueError: There is no picture in it, or a name twice.
+        ValueError: There is no image in it, or a name twice.
     """
     source = str(source)
     found = list(_in_folder(source) if _is_folder(source) else _in_file(source))
     if not found:
-        raise ValueError(f"no pictures in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(source)}")
+        raise ValueError(f"no images in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(source)}")
     found.sort(key=lambda row: row[0].name.encode())
-    names = Counter(picture.name for picture, _ in found)
+    names = Counter(image.name for image, _ in found)
     if len(names) < len(found):
-        raise ValueError(f"{source} names {names.most_common(1)[0][0]} more than once; each picture may come once")
+        raise ValueError(f"{source} names {names.most_common(1)[0][0]} more than once; each image may come once")
     labels = {label for _, label in found}
     numbers = all(label.isdigit() for label in labels)
     classes = tuple(sorted(labels, key=int if numbers else str)) if "" not in labels and len(labels) > 1 else ()
     ids = {label: number for number, label in enumerate(classes)}
-    pictures = tuple(
-        Picture(picture.name, picture.location, ids.get(label, -1), picture.offset, picture.size)
-        for picture, label in found
+    images = tuple(
+        ImageFile(image.name, image.location, ids.get(label, -1), image.offset, image.size) for image, label in found
     )
-    return PictureList(source, pictures, classes)
+    return ImageList(source, images, classes)
 
 
-def read_bytes(picture: Picture) -> bytes:
-    """The file or tar member of a picture."""
-    return storage.read(picture.location, picture.offset, picture.size)
+def read_bytes(image: ImageFile) -> bytes:
+    """The file or tar member of an image."""
+    return storage.read(image.location, image.offset, image.size)
 
 
 def _is_folder(source: str) -> bool:
@@ -84,17 +83,17 @@ def _is_folder(source: str) -> bool:
     if storage.is_remote(source):
         return not storage.is_file(source)
     if not Path(source).exists():
-        raise FileNotFoundError(f"no pictures at {source}: expected {EXPECTED}")
+        raise FileNotFoundError(f"no images at {source}: expected {EXPECTED}")
     return Path(source).is_dir()
 
 
-def _in_folder(folder: str) -> Iterator[tuple[Picture, str]]:
+def _in_folder(folder: str) -> Iterator[tuple[ImageFile, str]]:
     files = _files(folder)
     tars = [name for name in files if name.endswith(".tar") and "/" not in name and not name.startswith(".")]
     if tars:
-        loose = next((name for name in files if _is_picture(name)), None)
+        loose = next((name for name in files if _is_image(name)), None)
         if loose:
-            raise ValueError(f"{folder} holds both tars ({tars[0]}) and pictures ({loose}); name a folder of one kind")
+            raise ValueError(f"{folder} holds both tars ({tars[0]}) and images ({loose}); name a folder of one kind")
         for name in sorted(tars):
             yield from _in_tar(files[name])
         return
@@ -103,8 +102,8 @@ def _in_folder(folder: str) -> Iterator[tuple[Picture, str]]:
     ):
         files = {name.removeprefix("images/"): at for name, at in files.items() if name.startswith("images/")}
     for name, location in files.items():
-        if _is_picture(name):
-            yield Picture(name, location), name.partition("/")[0] if "/" in name else ""
+        if _is_image(name):
+            yield ImageFile(name, location), name.partition("/")[0] if "/" in name else ""
 
 
 def _files(folder: str) -> dict[str, str]:
@@ -114,22 +113,22 @@ def _files(folder: str) -> dict[str, str]:
         try:
             return {location.removeprefix(root): location for location in storage.walk(folder)}
         except FileNotFoundError:
-            raise FileNotFoundError(f"no pictures at {folder}: expected {EXPECTED}") from None
+            raise FileNotFoundError(f"no images at {folder}: expected {EXPECTED}") from None
     paths = (Path(inside) / name for inside, _, names in os.walk(folder, followlinks=True) for name in names)
     return {path.relative_to(folder).as_posix(): str(path) for path in paths if path.is_file()}
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     """By its suffix alone; what is none is rejected when it is decoded."""
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
-def _in_file(source: str) -> Iterator[tuple[Picture, str]]:
+def _in_file(source: str) -> Iterator[tuple[ImageFile, str]]:
     yield from _in_tar(source) if source.endswith(".tar") else _in_text(source)
 
 
-def _in_text(source: str) -> Iterator[tuple[Picture, str]]:
+def _in_text(source: str) -> Iterator[tuple[ImageFile, str]]:
     try:
         lines = storage.read(source).decode().splitlines()
     except UnicodeDecodeError:
@@ -142,10 +141,10 @@ def _in_text(source: str) -> Iterator[tuple[Picture, str]]:
         location = name if storage.is_remote(name) or name.startswith("/") or not folder else f"{folder}/{name}"
         if not storage.is_remote(location) and not Path(location).is_file():
             raise FileNotFoundError(f"{source} line {number} names {name}, which is no file")
-        yield Picture(name, location), label
+        yield ImageFile(name, location), label
 
 
-def _in_tar(location: str) -> Iterator[tuple[Picture, str]]:
+def _in_tar(location: str) -> Iterator[tuple[ImageFile, str]]:
     try:
         with storage.open_binary(location) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = [member for member in tar if member.isfile()]
@@ -155,9 +154,9 @@ def _in_tar(location: str) -> Iterator[tuple[Picture, str]]:
     folder = location.rpartition("/")[2]
     for member in members:
         name = member.name.removeprefix("./")
-        if _is_picture(name):
+        if _is_image(name):
             label = labels.get(_key(member.name)) or (name.partition("/")[0] if "/" in name else "")
-            yield Picture(f"{folder}/{name}", location, -1, member.offset_data, member.size), label
+            yield ImageFile(f"{folder}/{name}", location, -1, member.offset_data, member.size), label
 
 
 def _key(name: str) -> str:

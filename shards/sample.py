@@ -1,4 +1,4 @@
-"""One sample: a picture with its labels, and the bytes of its members."""
+"""One sample: an image with its labels, and the bytes of its members."""
 
 import struct
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ MAGIC, HEADER = b"\x93NUMPY\x01\x00", 128
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPicture:
-    """What a shard stores of one picture."""
+class LabelledImage:
+    """What a shard stores of one image."""
 
     key: str
     """Eight digits: the place in the seeded order of inputs."""
@@ -23,7 +23,7 @@ class LabelledPicture:
     class_id: int
     """-1 without classes."""
     jpeg: bytes
-    """Empty in a label set, whose pictures are another set's."""
+    """Empty in a label set, whose images are another set's."""
     parts: UInt8[np.ndarray, "rows cols"]
     fgrank: UInt16[np.ndarray, "rows cols"]
     """A permutation; 0 = most likely foreground."""

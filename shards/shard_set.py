@@ -28,7 +28,7 @@ PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
 
 
 class ShardSet:
-    """An open, whole shard set; with `labels`, the labels come from a label set over the same pictures."""
+    """An open, whole shard set; with `labels`, the labels come from a label set over the same images."""
 
     def __init__(self, path: Path, info: dict[str, Any], rows: np.ndarray, stage: Stage | None):
         self.path, self.info, self.stage = path, info, stage
@@ -65,7 +65,7 @@ class ShardSet:
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: The set is remote and no `stage` is given, or the labels are of other pictures.
+            ValueError: The set is remote and no `stage` is given, or the labels are of other images.
             ShardError: The set is not finished, of another format, or its index is not the one it names.
         """
         if stage is None and storage.is_remote(path):
@@ -100,7 +100,7 @@ class ShardSet:
 
     @property
     def identity(self) -> str:
-        """Fingerprint of what is read: of the pictures, and of the labels laid over them."""
+        """Fingerprint of what is read: of the images, and of the labels laid over them."""
         return f"{self.fingerprint}+{self.labels.fingerprint}" if self.labels else self.fingerprint
 
     @property
@@ -144,7 +144,7 @@ class ShardSet:
         return Sample(index, f"{row.key:08d}", jpeg, parts, fgrank, row.class_id, attn)
 
     def read_labels(self, index: int, *, attention: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Parts, ranks and perhaps class attention of sample `index`, without its picture."""
+        """Parts, ranks and perhaps class attention of sample `index`, without its image."""
         row = self.row(index)
         return self._labels(row, self._span(row, row.parts, attention), row.parts, attention)
 
@@ -180,11 +180,11 @@ class ShardSet:
         return SampleError(str(tar), f"{row.key:08d}", member, row.begin + first, f"{what}; {AGAIN}")
 
     def damaged(self, index: int, what: str) -> SampleError:
-        """The error of a sample whose checksum is right and whose picture is not."""
+        """The error of a sample whose checksum is right and whose image is not."""
         return self._damaged(self.row(index), "jpg", 0, what)
 
     def refuse_labels_alone(self) -> None:
-        """Raises ValueError for a label set, where pictures are asked for."""
+        """Raises ValueError for a label set, where images are asked for."""
         if "labels_of" in self.info:
             raise ValueError(
                 f"{self.path} holds labels alone; name the shard set that they were made for, and them as its labels"

@@ -63,7 +63,7 @@ def connect(location: str) -> tuple[fs.FileSystem, str]:
     Raises:
         ValueError: pyarrow knows no such store.
     """
-    scheme, _, path = location.partition("://")  # not urlsplit: names of pictures may hold # and ?
+    scheme, _, path = location.partition("://")  # not urlsplit: names of images may hold # and ?
     return _store(scheme, path.partition("/")[0]), path.rstrip("/")
 
 

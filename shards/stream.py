@@ -33,7 +33,7 @@ class Stream:
             stream stops; 0 stops at the first.
 
     Raises:
-        ValueError: The ranks do not divide the batch, there are no pictures or no attention to give, or a stage is
+        ValueError: The ranks do not divide the batch, there are no images or no attention to give, or a stage is
             too small for the window.
         ShardError: A shard is missing; while iterating: a sample is damaged (shard, key and offset are named).
     """

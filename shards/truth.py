@@ -1,4 +1,4 @@
-"""True parts of pictures, where people drew them: which file holds them, and the label of a cell of a grid."""
+"""True parts of images, where people drew them: which file holds them, and the label of a cell of a grid."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -11,11 +11,11 @@ UNKNOWN = 255
 
 
 class TruthFiles:
-    """Of pictures `NAME.jpg`: `labels/NAME.png` in `folder` (part ids, 0 = background, 255 = unknown) or, where there
+    """Of images `NAME.jpg`: `labels/NAME.png` in `folder` (part ids, 0 = background, 255 = unknown) or, where there
     is no labels/, `masks/NAME.png` (0 and 255: one part).
 
     Raises:
-        FileNotFoundError: A picture has no truth; the message says the layout.
+        FileNotFoundError: An image has no truth; the message says the layout.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]):
@@ -25,8 +25,8 @@ class TruthFiles:
         if missing:
             inside = f"; give {folder.parent}, not its images/" if folder.name == "images" else ""
             raise FileNotFoundError(
-                f"{missing} is missing: every picture needs its truth, images/NAME.jpg beside labels/NAME.png (part "
-                f"ids, 0 = background, 255 = unknown) or masks/NAME.png (0 and 255), of the picture's size{inside}"
+                f"{missing} is missing: every image needs its truth, images/NAME.jpg beside labels/NAME.png (part "
+                f"ids, 0 = background, 255 = unknown) or masks/NAME.png (0 and 255), of the image's size{inside}"
             )
 
     def path(self, name: str) -> Path:
@@ -53,7 +53,7 @@ class TruthFiles:
         return ids.astype(np.uint8) if ids.dtype == bool else ids
 
     def read_for(self, name: str, size: tuple[int, int]) -> Integer[np.ndarray, "height width"]:
-        """The same, for a picture of `size` (width, height) as it is shown.
+        """The same, for an image of `size` (width, height) as it is shown.
 
         Raises:
             ValueError: The map is of another size.
@@ -61,14 +61,14 @@ class TruthFiles:
         ids = self.read(name)
         if ids.shape[::-1] != tuple(size):
             raise ValueError(
-                f"{self.path(name)} is {ids.shape[1]}x{ids.shape[0]}, but its picture is {size[0]}x{size[1]} as shown "
-                "(turned as its EXIF says); give the map the picture's size and orientation"
+                f"{self.path(name)} is {ids.shape[1]}x{ids.shape[0]}, but its image is {size[0]}x{size[1]} as shown "
+                "(turned as its EXIF says); give the map the image's size and orientation"
             )
         return ids
 
     def count_parts(self, names: Sequence[str]) -> int:
         """The largest part id: of labels.txt (a line a part: id, tab, name), in the folder or in the one above, where
-        splits share it; or else of the pictures' labels. Masks have one part.
+        splits share it; or else of the images' labels. Masks have one part.
 
         Raises:
             ValueError: A line of labels.txt begins with no id.

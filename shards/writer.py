@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from shards.atomic import sync_folder, write_json, write_whole
 from shards.index import BOX, MEMBERS, table_bytes, table_of
-from shards.sample import LabelledPicture, Rejected, check_labels, npy_bytes
+from shards.sample import LabelledImage, Rejected, check_labels, npy_bytes
 
 BLOCK, RECORD = 512, 10_240
 
@@ -26,7 +26,7 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
 def write_shard(
     folder: Path,
     number: int,
-    samples: Iterable[LabelledPicture],
+    samples: Iterable[LabelledImage],
     *,
     groups: int,
     plan_digest: str,
@@ -96,7 +96,7 @@ class _TarWriter:
         self.offset += len(data)
 
 
-def _write_sample(writer: _TarWriter, sample: LabelledPicture, groups: int) -> dict[str, Any]:
+def _write_sample(writer: _TarWriter, sample: LabelledImage, groups: int) -> dict[str, Any]:
     """The members of a sample side by side, and its row of the index."""
     check_labels(sample.parts, sample.fgrank, groups=groups, name=sample.source)
     row: dict[str, Any] = {

@@ -16,21 +16,21 @@ from partlearn.config import LearnConfig
 from partlearn.train import learn
 from shards import storage
 from shards.build import finalise, open_plan
-from shards.sample import LabelledPicture
+from shards.sample import LabelledImage
 from shards.shard_set import ShardSet
 from shards.writer import write_shard
 from training.config import RunConfig
 
 
-def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledPicture]:
-    """Pictures of noise in a class's colour, with random labels and ranks."""
+def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledImage]:
+    """Images of noise in a class's colour, with random labels and ranks."""
     random = np.random.default_rng(seed)
     for number in range(count):
         class_id = number % classes if classes else -1
         pixels = random.integers(0, 120, (size, size, 3)) + np.array([40 * max(0, class_id), 60, 0])
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        yield LabelledPicture(
+        yield LabelledImage(
             key=f"{number:08d}",
             source=f"{class_id}/{number}.jpg",
             class_id=class_id,
@@ -51,10 +51,10 @@ def write_set(folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, s
 
 
 def write_samples(
-    folder: Path, pictures: Iterable[LabelledPicture], info: dict, *, samples_per_shard: int, seed: int = 0
+    folder: Path, images: Iterable[LabelledImage], info: dict, *, samples_per_shard: int, seed: int = 0
 ) -> Path:
     """A finished shard set of given samples."""
-    samples = list(pictures)
+    samples = list(images)
     folder.mkdir(parents=True, exist_ok=True)
     digest = open_plan(folder, {"seed": seed, "inputs": len(samples)})
     shards = -(-len(samples) // samples_per_shard)
@@ -142,7 +142,7 @@ def s3_address() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_address, monkeypatch) -> Iterator[fs.FileSystem]:
-    """A connection that may write, and the environment in which ours connects; the bucket is `pictures`."""
+    """A connection that may write, and the environment in which ours connects; the bucket is `images`."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_address,
         "AWS_ACCESS_KEY_ID": "test",
@@ -151,8 +151,8 @@ def s3(s3_address, monkeypatch) -> Iterator[fs.FileSystem]:
     }.items():
         monkeypatch.setenv(name, value)
     store = fs.S3FileSystem(endpoint_override=s3_address, region="us-east-1", allow_bucket_creation=True)
-    store.create_dir("pictures")
+    store.create_dir("images")
     storage._store.cache_clear()
     yield store
-    store.delete_dir_contents("pictures")
+    store.delete_dir_contents("images")
     storage._store.cache_clear()

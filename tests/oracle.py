@@ -1,4 +1,4 @@
-"""An encoder whose tokens hold the true parts of painted pictures, and those pictures."""
+"""An encoder whose tokens hold the true parts of painted images, and those images."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ PALETTE = torch.tensor(
 
 
 class Oracle(Encoder):
-    """Reads the parts of a painted picture from its colours; tokens are their embeddings and noise of `noise` times
-    their length, the class token is the tokens' mean. With `shuffled`, tokens lie anywhere in their picture."""
+    """Reads the parts of a painted image from its colours; tokens are their embeddings and noise of `noise` times
+    their length, the class token is the tokens' mean. With `shuffled`, tokens lie anywhere in their image."""
 
     def __init__(self, *, shuffled: bool = False, noise: float = 0.5):
         self.dim, self.depth, self.heads, self.block = DIM, 1, 4, 0
@@ -61,5 +61,5 @@ def painted(folder: Path, count: int) -> Path:
 
 
 def read_all(folder: Path) -> torch.Tensor:
-    """The pictures of a folder, in order of their names."""
+    """The images of a folder, in order of their names."""
     return torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.iterdir())])

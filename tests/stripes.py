@@ -1,4 +1,4 @@
-"""Pictures of stripes and an encoder small enough for them."""
+"""Images of stripes and an encoder small enough for them."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TINY = {
 
 
 def draw_stripes(folder: Path, count: int, *, seed: int = 0) -> str:
-    """A folder of pictures, each of stripes of its own angle and colours."""
+    """A folder of images, each of stripes of its own angle and colours."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:24, :24]

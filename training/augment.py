@@ -1,4 +1,4 @@
-"""Batched crops, mirroring and colours of pictures on any device, and the statistics they are normalised by."""
+"""Batched crops, mirroring and colours of images on any device, and the statistics they are normalised by."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ def random_boxes(
 ) -> Float[Tensor, "batch 4"]:
     """Boxes (x0, y0, x1, y1) in unit coordinates, as torchvision's RandomResizedCrop draws them.
 
-    Area uniform in `scale`, aspect log-uniform in `ratio`, place uniform. A side longer than the picture is cut
-    to it, where torchvision draws again: no loop, and boxes near the whole picture stay near it.
+    Area uniform in `scale`, aspect log-uniform in `ratio`, place uniform. A side longer than the image is cut
+    to it, where torchvision draws again: no loop, and boxes near the whole image stay near it.
     """
     area, aspect, left, top = torch.rand(4, batch, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * area
@@ -38,9 +38,9 @@ def crop(
     size: int,
     flip: Bool[Tensor, " batch"],
 ) -> Float[Tensor, "batch channels size size"]:
-    """One box of each picture at `size` pixels, mirrored where `flip`: bilinear samples at the new pixels' centres.
+    """One box of each image at `size` pixels, mirrored where `flip`: bilinear samples at the new pixels' centres.
 
-    Bilinear sampling skips pixels where a box shrinks more than twofold; such pictures are halved by averaging
+    Bilinear sampling skips pixels where a box shrinks more than twofold; such images are halved by averaging
     first, as often as that takes.
     """
     _, _, height, width = images.shape
@@ -49,7 +49,7 @@ def crop(
     halvings = (shrink.log2().ceil() - 1).clamp(min=0).long()
     sign = 1 - 2 * flip.to(images.dtype)
     zero = torch.zeros_like(x0)
-    # Maps the output square [-1, 1]² onto the box, where the picture too is [-1, 1]².
+    # Maps the output square [-1, 1]² onto the box, where the image too is [-1, 1]².
     rows_x = torch.stack([(x1 - x0) * sign, zero, x0 + x1 - 1], dim=1)
     rows_y = torch.stack([zero, y1 - y0, y0 + y1 - 1], dim=1)
     theta = torch.stack([rows_x, rows_y], dim=1)
@@ -70,9 +70,9 @@ def jitter_colour(
     rank: int = 0,
     world_size: int = 1,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Brightness, contrast and saturation of each picture times 1 ± strength, grey with probability 0.2.
+    """Brightness, contrast and saturation of each image times 1 ± strength, grey with probability 0.2.
 
-    Each picture in [0, 1] draws its own factors; the order is fixed, and values are clamped at the end. The pictures
+    Each image in [0, 1] draws its own factors; the order is fixed, and values are clamped at the end. The images
     are one rank's block of a batch, for the whole of which the factors are drawn.
     """
     mine = slice(rank * len(images), (rank + 1) * len(images))

@@ -1,4 +1,4 @@
-"""Batch normalisation over the whole batch, wherever its pictures lie."""
+"""Batch normalisation over the whole batch, wherever its images lie."""
 
 import torch
 from jaxtyping import Float

@@ -10,7 +10,7 @@ RECTANGLES = 12
 
 
 def block_masks(batch: int, grid: int, *, share: float, generator: torch.Generator) -> Bool[Tensor, "batch patches"]:
-    """True = hidden; exactly `round(share · grid²)` patches of every picture.
+    """True = hidden; exactly `round(share · grid²)` patches of every image.
 
     Rectangles of random place, area and aspect are laid one after another until the budget is spent; the last
     one is taken in part, in random order. BEiT (arXiv:2106.08254, algorithm 1) draws until at least the budget

@@ -16,7 +16,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast type; auto takes bf16 where the device computes it fast."""
     threads: int = 2
-    """Threads that read and decode pictures."""
+    """Threads that read and decode images."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; one is always written at the end."""
     debug: bool = False

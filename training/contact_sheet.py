@@ -1,4 +1,4 @@
-"""Contact sheets: columns of pictures under their names, label maps as colours, ranks as brightness."""
+"""Contact sheets: columns of images under their names, label maps as colours, ranks as brightness."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ BACKGROUND = np.array([60, 60, 60], np.float32)
 
 
 def tinted(images: np.ndarray, parts: np.ndarray, groups: int) -> np.ndarray:
-    """A colour a part over its picture; the last of the groups, the background, is dark, whether or not any cell has
+    """A colour a part over its image; the last of the groups, the background, is dark, whether or not any cell has
     it."""
     palette = np.concatenate([COLOURS[np.arange(groups - 1) % len(COLOURS)], BACKGROUND[None]])
     return 0.35 * images + 0.65 * enlarged(palette[parts], images.shape[1])
 
 
 def brightness(fgrank: np.ndarray) -> np.ndarray:
-    """1 for the best rank, 0.1 for the last, as (pictures, rows, cols, 1)."""
+    """1 for the best rank, 0.1 for the last, as (images, rows, cols, 1)."""
     return (1 - 0.9 * fgrank.astype(np.float32) / fgrank[0].size)[..., None]
 
 
@@ -33,17 +33,17 @@ def enlarged(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def assemble(names: Sequence[str], columns: Sequence[np.ndarray]) -> Image.Image:
-    """Columns of pictures, each under its name, on as many lines as the longest needs."""
+    """Columns of images, each under its name, on as many lines as the longest needs."""
     step, rows = CELL + GAP, len(columns[0])
     texts = ["\n".join(textwrap.wrap(name, 17)) for name in names]
     header = HEADER + LINE * max(text.count("\n") for text in texts)
     sheet = Image.new("RGB", (GAP + step * len(columns), header + step * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for column, (text, pictures) in enumerate(zip(texts, columns, strict=True)):
+    for column, (text, images) in enumerate(zip(texts, columns, strict=True)):
         middle = (GAP + step * column + CELL / 2, header / 2)
         pen.text(middle, text, fill="black", font=font, anchor="mm", align="center")
-        for row, picture in enumerate(pictures):
-            tile = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        for row, image in enumerate(images):
+            tile = Image.fromarray(image.clip(0, 255).astype(np.uint8))
             enlarge = Image.Resampling.LANCZOS if tile.width > CELL else Image.Resampling.NEAREST
             sheet.paste(tile.resize((CELL, CELL), enlarge), (GAP + step * column, header + step * row))
     return sheet

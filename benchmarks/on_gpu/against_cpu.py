@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.drawn import Drawn, drawn
-from benchmarks.prepared import some_pictures
+from benchmarks.prepared import some_images
 from encoders.distill import train as distillation
 from encoders.distill.config import EncoderConfig
 from encoders.distill.train import new_objective
@@ -116,7 +116,7 @@ def _started(bench: Bench, paper: bool) -> PartLearner:
     config = learn_config(bench, bench.out, paper=paper)
     encoder = load_encoder(ENCODER, grid=config.grid, precision="fp32")
     learner = new_learner(config, encoder)
-    start(learner, config, encoder, Views(config, encoder, some_pictures(config.images, START_IMAGES)))
+    start(learner, config, encoder, Views(config, encoder, some_images(config.images, START_IMAGES)))
     return learner
 
 

@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 
 from partlearn.config import TRUTH, ExtractConfig
 from partlearn.labelling.shard import build_shard
-from partlearn.labelling.sources import FromPictures
+from partlearn.labelling.sources import FromImages
 from partlearn.labelling.truth import TruthLabeller
 from shards.build import finalise, open_plan, shard_done
-from shards.images import list_pictures
+from shards.images import list_images
 from training.config import RunConfig
 
 KINDS, WIDTH, HEIGHT = 8, 400, 320
@@ -84,10 +84,10 @@ def _write(folder: Path, number: int) -> None:
         kept.save(path, quality=90)
 
 
-def source_of(config: ExtractConfig) -> FromPictures:
+def source_of(config: ExtractConfig) -> FromImages:
     """The images of a config, as `extract` reads them."""
-    return FromPictures(
-        list_pictures(config.images or ""),
+    return FromImages(
+        list_images(config.images or ""),
         size=config.size,
         quality=config.quality,
         samples_per_shard=config.samples_per_shard,
@@ -106,7 +106,7 @@ def _write_shards(made: Drawn, size: int, cores: int) -> None:
     source = source_of(config)
     labeller = TruthLabeller(source, grid=28)
     made.shards.mkdir(parents=True, exist_ok=True)
-    digest = open_plan(made.shards, {"drawn": len(source.pictures), "size": size})
+    digest = open_plan(made.shards, {"drawn": len(source.images), "size": size})
     for number in range(len(source.shard_sizes)):
         if not shard_done(made.shards, number, digest):
             build_shard(number, source=source, labeller=labeller, config=config, plan_digest=digest)

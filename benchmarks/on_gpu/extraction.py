@@ -19,7 +19,7 @@ from benchmarks.rounds import Row, exact
 from partlearn.config import ExtractConfig
 from partlearn.labelling.shard import build_shard
 from partlearn.labelling.sources import Stored
-from shards.images import list_pictures
+from shards.images import list_images
 from training.config import RunConfig
 
 BARS: Bars = {"extract_over_slowest_piece": (">=", 0.8)}
@@ -96,5 +96,5 @@ def labeller_of(bench: Bench) -> TimedLabeller:
     encoder, grid = (TOY_ENCODER, TOY_GRID) if bench.rehearse else (ENCODER, GRID)
     out, run = bench.out / "extraction", RunConfig(out=bench.out, device=bench.device)
     out.mkdir(exist_ok=True)
-    parts = untrained_parts(list_pictures(drawings(bench).folder), out, run, encoder=encoder, grid=grid)
+    parts = untrained_parts(list_images(drawings(bench).folder), out, run, encoder=encoder, grid=grid)
     return TimedLabeller(parts, device=torch.device(bench.device))

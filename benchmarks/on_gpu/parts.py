@@ -17,7 +17,7 @@ import torch
 from benchmarks.on_gpu.against_cpu import SIZE, drawings
 from benchmarks.on_gpu.case import Bars, Bench, Case, Unfinished
 from benchmarks.on_gpu.timing import peak_memory, seconds_of
-from benchmarks.prepared import some_pictures
+from benchmarks.prepared import some_images
 from benchmarks.rounds import Row, exact
 from encoders.load import load_encoder
 from evaluate.parts.score import control_rows, score_labellers
@@ -28,7 +28,7 @@ from partlearn.initialise import start
 from partlearn.labelling.learned import Labeller
 from partlearn.train import learn, new_learner, new_optimiser, train_step
 from shards.atomic import read_json
-from shards.images import list_pictures
+from shards.images import list_images
 from training.config import RunConfig
 
 BARS: Bars = {}
@@ -80,7 +80,7 @@ def halves(bench: Bench) -> tuple[Path, dict[str, Path]]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    return sorted(Path(picture.location).absolute() for picture in list_pictures(folder).pictures)
+    return sorted(Path(image.location).absolute() for image in list_images(folder).images)
 
 
 def config_of(bench: Bench, name: str, images: Path, steps: int) -> LearnConfig:
@@ -93,7 +93,7 @@ def config_of(bench: Bench, name: str, images: Path, steps: int) -> LearnConfig:
 def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
     """Learn, and score; `share` of the time left is for the training."""
     images, sets = halves(bench)
-    scoring = START_S + SCORE_S * sum(len(list_pictures(folder).pictures) for folder in sets.values())
+    scoring = START_S + SCORE_S * sum(len(list_images(folder).images) for folder in sets.values())
     config = config_of(bench, name, images, 1)
     if config.updates:
         begun = config.run.out / "config.json"  # by an earlier call: a folder belongs to one config
@@ -111,7 +111,7 @@ def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
         truths = TruthSet(folder)
         rows = score_labellers([labeller], truths, size=SIZE, advance=lambda count: None)[0][0]
         seen = next(row for row in rows if row["view"] == "off centre")
-        yield from _rows(set_, seen, len(truths.pictures))
+        yield from _rows(set_, seen, len(truths.images))
 
 
 def _rows(name: str, scores: dict[str, Any], images: int) -> Iterator[Row]:
@@ -131,7 +131,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
     )
     learner = new_learner(config, encoder).to(encoder.device)
     optimizer = new_optimiser(learner, config)
-    views = Views(config, encoder, some_pictures(config.images, config.batch_size))
+    views = Views(config, encoder, some_images(config.images, config.batch_size))
     began = time.perf_counter()
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
@@ -143,7 +143,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
             seconds=bench.measuring(1.0),
         )
     step = sorted(taken)[len(taken) // 2]
-    whole = encoding * max(1, config.kept_views) * len(list_pictures(config.images).pictures)
+    whole = encoding * max(1, config.kept_views) * len(list_images(config.images).images)
     fit = int(0.85 * (share * bench.left() - scoring - whole) / step)
     if bench.rehearse:
         return 2
@@ -159,4 +159,4 @@ def _controls(bench: Bench) -> Iterator[Row]:
         truths = TruthSet(folder)
         for row in control_rows(truths, size=SIZE, grid=grid, counts=(6,)):
             if row["view"] == "off centre":
-                yield from _rows(f"{set_} {row['method']}", row, len(truths.pictures))
+                yield from _rows(f"{set_} {row['method']}", row, len(truths.images))

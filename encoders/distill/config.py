@@ -7,10 +7,10 @@ from training.config import RunConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """A small ViT trained on a folder of pictures: by DINO + iBOT self-distillation, or from a larger frozen one."""
+    """A small ViT trained on a folder of images: by DINO + iBOT self-distillation, or from a larger frozen one."""
 
     images: str
-    """Pictures: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
+    """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     teacher: str | None = None
     """Frozen encoder whose tokens are learned: small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
@@ -25,7 +25,7 @@ class EncoderConfig:
     local_size: int = 96
     """Side of a local crop in pixels."""
     local_crops: int = 6
-    """Local crops a picture."""
+    """Local crops an image."""
     patch: int = 16
     """Patch side in pixels."""
     dim: int = 384
@@ -39,11 +39,11 @@ class EncoderConfig:
     mask_share: float = 0.3
     """Share of a global crop's patches hidden from the student, in block-shaped pieces."""
     epochs: int = 100
-    """Passes over the pictures; 0 leaves an untrained encoder, for a control."""
+    """Passes over the images; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 256
-    """Pictures a step, over all ranks."""
+    """Images a step, over all ranks."""
     base_lr: float = 5e-4
-    """Learning rate at 256 pictures a step; scales with the batch."""
+    """Learning rate at 256 images a step; scales with the batch."""
     warmup_epochs: float = 10.0
     """Epochs of rising learning rate."""
     weight_decay: float = 0.04
@@ -51,7 +51,7 @@ class EncoderConfig:
     teacher_momentum: float = 0.996
     """Momentum of the teacher's weights at the start; a cosine takes it to 1."""
     knn: str | None = None
-    """A folder of class folders: their k-NN accuracy (leave-one-out, 2,000 pictures at most) is logged as `knn`."""
+    """A folder of class folders: their k-NN accuracy (leave-one-out, 2,000 images at most) is logged as `knn`."""
     knn_epochs: int = 10
     """Epochs between two measurements; there is always one at the end."""
     seed: int = 0

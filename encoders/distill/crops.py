@@ -32,7 +32,7 @@ def draw_crops(
     rank: int = 0,
     world_size: int = 1,
 ) -> Crops:
-    """The crops of one rank's block of the batch, a pure function of the pictures, the seed and the step."""
+    """The crops of one rank's block of the batch, a pure function of the images, the seed and the step."""
     generator = step_generator(config.seed, step)
     block = {"generator": generator, "rank": rank, "world_size": world_size}
     pixels = unit(images)
@@ -61,7 +61,7 @@ def draw_twins(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Float[Tensor, "batch 3 first first"], Float[Tensor, "batch 3 second second"]]:
-    """One crop of each picture in other colours, at two sizes and in [0, 1]; pure as `draw_crops` is."""
+    """One crop of each image in other colours, at two sizes and in [0, 1]; pure as `draw_crops` is."""
     block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
     pixels = unit(images)
     boxes, flip = random_places(pixels, scale=GLOBAL_SCALE, **block)

@@ -37,7 +37,7 @@ class FromTeacher(Objective):
     def __init__(self, config: EncoderConfig, teacher: Encoder):
         super().__init__()
         self.config, self.teacher = config, teacher  # an Encoder is no module: neither trained nor saved
-        self.picture_size = max(config.size, teacher.size)
+        self.image_size = max(config.size, teacher.size)
         if config.teacher_blocks:
             self.mean, self.std = teacher.description["mean"], teacher.description["std"]
             self.student = blocks_of(teacher, config.teacher_blocks)
@@ -56,7 +56,7 @@ class FromTeacher(Objective):
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
         """Cosine losses of one step's crops against the teacher's tokens; moves the statistics, then uses them.
 
-        Patches are compared twice: centred over all pictures, and as the part learner reads them, within their picture
+        Patches are compared twice: centred over all images, and as the part learner reads them, within their image
         and whitened. Parts lie in directions of small variance, which the first alone hardly teaches (docs/log.md).
         """
         ours, theirs = draw_twins(
@@ -72,16 +72,16 @@ class FromTeacher(Objective):
             tokens = vit_tokens(self.student, normalised(ours, self.mean, self.std)).float()
         self.class_mean.copy_(running_mean(self.class_mean, seen.class_token.mean(dim=0), step=step))
         self.patch_mean.copy_(running_mean(self.patch_mean, seen.patch_tokens.mean(dim=(0, 1)), step=step))
-        relative = within_picture(seen.patch_tokens)
+        relative = within_image(seen.patch_tokens)
         self.covariance.copy_(running_mean(self.covariance, covariance(relative), step=step))
         whitening = whitening_from(self.covariance.cpu(), max(1, self.teacher.dim // WHITENED)).to(relative)
-        of_picture = self.class_projection(tokens[:, 0])
+        of_image = self.class_projection(tokens[:, 0])
         of_cells = self.patch_projection(tokens[:, 1:])
         return Losses(
-            self.config.class_weight * cosine_loss(of_picture, seen.class_token - self.class_mean),
+            self.config.class_weight * cosine_loss(of_image, seen.class_token - self.class_mean),
             cosine_loss(of_cells, seen.patch_tokens - self.patch_mean)
-            + cosine_loss(within_picture(of_cells) @ whitening, relative @ whitening),
-            {"told_apart": told_apart(of_picture if self.config.class_weight else of_cells.mean(dim=1))},
+            + cosine_loss(within_image(of_cells) @ whitening, relative @ whitening),
+            {"told_apart": told_apart(of_image if self.config.class_weight else of_cells.mean(dim=1))},
         )
 
     def get_extra_state(self) -> str:
@@ -100,8 +100,8 @@ def cosine_loss(predicted: Float[Tensor, "*axes dim"], target: Float[Tensor, "*a
     return (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
 
 
-def within_picture(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
-    """Tokens minus their picture's mean."""
+def within_image(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
+    """Tokens minus their image's mean."""
     return tokens - tokens.mean(dim=1, keepdim=True)
 
 
@@ -122,7 +122,7 @@ def running_mean(mean: Float[Tensor, "*axes"], now: Float[Tensor, "*axes"], *, s
 
 
 def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:
-    """1 - the mean cosine of the batch's predictions with each other: near 0 when all pictures get the same one.
+    """1 - the mean cosine of the batch's predictions with each other: near 0 when all images get the same one.
 
     Of predictions and not of class tokens, which share a large direction of their own that says nothing.
     """

@@ -57,7 +57,7 @@ def targets(
     """The teacher's distribution, centred and sharpened: softmax((g - c) / (τ σ)), σ the rms of g - c in the batch.
 
     DINO (arXiv:2104.14294), eq. 1 and 4, has σ = 1 and τ from 0.04 to 0.07. At first g - c is far smaller than that
-    for any two pictures alike, and a short run ends as it began, at uniform targets; relative to σ they are sharp.
+    for any two images alike, and a short run ends as it began, at uniform targets; relative to σ they are sharp.
     """
     centred = logits.float() - centre
     rms = distributed.mean(centred.square().mean()).sqrt()
@@ -87,7 +87,7 @@ def patch_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy at the patches hidden from the student, where the teacher sees: iBOT (arXiv:2111.07832), eq. 2.
 
-    The mean over patches is the paper's mean over pictures, because every picture hides equally many.
+    The mean over patches is the paper's mean over images, because every image hides equally many.
     """
     return -(teacher * (student.float() / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean()
 
@@ -102,8 +102,8 @@ def moved_centre(
 def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
     """How the teacher uses its prototypes, in nats; collapse shows as `told_apart` near 0.
 
-    entropy: of one picture's distribution (log K = says nothing). kl_uniform: of the batch's mean distribution
-    from uniform (log K = one prototype for all). told_apart: what is left, the information on which picture it is.
+    entropy: of one image's distribution (log K = says nothing). kl_uniform: of the batch's mean distribution
+    from uniform (log K = one prototype for all). told_apart: what is left, the information on which image it is.
     """
     flat = teacher.flatten(0, -2)
     entropy = distributed.mean(torch.special.entr(flat).sum(dim=-1).mean()).item()

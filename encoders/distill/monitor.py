@@ -1,4 +1,4 @@
-"""How well an encoder's class tokens tell labelled pictures apart, while it is trained."""
+"""How well an encoder's class tokens tell labelled images apart, while it is trained."""
 
 import sys
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.distill.student import vit_tokens
-from shards.decode import PictureError, decode_rgb, square
-from shards.images import Picture, list_pictures, read_bytes
+from shards.decode import ImageError, decode_rgb, square
+from shards.images import ImageFile, list_images, read_bytes
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
 from training.device import autocast
 
@@ -21,30 +21,30 @@ MOST, CHUNK = 2000, 64
 
 
 class Monitor:
-    """Labelled pictures in memory, decoded once: the middle square of each at `size` pixels.
+    """Labelled images in memory, decoded once: the middle square of each at `size` pixels.
 
     Takes at most 2,000 of them, evenly spaced in the order of their names, and says so on stderr.
 
     Raises:
-        ValueError: The pictures have no classes, or fewer than two can be read.
+        ValueError: The images have no classes, or fewer than two can be read.
     """
 
     def __init__(self, source: str, *, size: int, threads: int):
-        listed = list_pictures(source)
+        listed = list_images(source)
         if not listed.classes:
-            raise ValueError(f"--knn needs a folder of class folders, and the pictures of {source} have no classes")
-        count = len(listed.pictures)
-        chosen = [listed.pictures[i] for i in np.linspace(0, count - 1, min(count, MOST)).round().astype(int)]
+            raise ValueError(f"--knn needs a folder of class folders, and the images of {source} have no classes")
+        count = len(listed.images)
+        chosen = [listed.images[i] for i in np.linspace(0, count - 1, min(count, MOST)).round().astype(int)]
         if count > MOST:
-            print(f"--knn takes {MOST:,} of the {count:,} pictures of {source}, evenly spaced", file=sys.stderr)
+            print(f"--knn takes {MOST:,} of the {count:,} images of {source}, evenly spaced", file=sys.stderr)
         with ThreadPoolExecutor(threads, thread_name_prefix="monitor") as pool:
-            found = list(pool.map(lambda picture: _read(picture, size), chosen))
+            found = list(pool.map(lambda file: _read(file, size), chosen))
         images = [image for image in found if image is not None]
         if len(images) < 2:
-            raise ValueError(f"--knn needs two readable pictures or more, and {source} has {len(images)}")
-        self.images: UInt8[Tensor, "pictures size size 3"] = torch.from_numpy(np.stack(images))
-        labels = [picture.class_id for picture, image in zip(chosen, found, strict=True) if image is not None]
-        self.labels: Int64[Tensor, " pictures"] = torch.tensor(labels)
+            raise ValueError(f"--knn needs two readable images or more, and {source} has {len(images)}")
+        self.images: UInt8[Tensor, "images size size 3"] = torch.from_numpy(np.stack(images))
+        labels = [file.class_id for file, image in zip(chosen, found, strict=True) if image is not None]
+        self.labels: Int64[Tensor, " images"] = torch.tensor(labels)
 
     @torch.no_grad()
     def __call__(
@@ -54,7 +54,7 @@ class Monitor:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> float:
-        """Accuracy, from 0 to 1, of guessing each picture's class from the others' class tokens."""
+        """Accuracy, from 0 to 1, of guessing each image's class from the others' class tokens."""
         device = next(encoder.parameters()).device
         with autocast(device, precision):
             chunks = (normalised(unit(chunk.to(device)), mean, std) for chunk in self.images.split(CHUNK))
@@ -63,17 +63,17 @@ class Monitor:
 
 
 def knn_accuracy(
-    tokens: Float[Tensor, "pictures dim"],
-    labels: Int64[Tensor, " pictures"],
+    tokens: Float[Tensor, "images dim"],
+    labels: Int64[Tensor, " images"],
     *,
     neighbours: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of the pictures whose class has the most votes among their nearest others, themselves left out:
+    """Share of the images whose class has the most votes among their nearest others, themselves left out:
 
-    votes[c] = Σ over the k nearest pictures of class c of exp((cosine - 1) / temperature)
+    votes[c] = Σ over the k nearest images of class c of exp((cosine - 1) / temperature)
 
-    DINO (arXiv:2104.14294, eval_knn.py), with every picture both test and training picture.
+    DINO (arXiv:2104.14294, eval_knn.py), with every image both test and training image.
     """
     unit_tokens = F.normalize(tokens, dim=1)
     cosine = (unit_tokens @ unit_tokens.T).fill_diagonal_(-torch.inf)
@@ -83,9 +83,9 @@ def knn_accuracy(
     return (votes.argmax(dim=1) == labels).double().mean().item()
 
 
-def _read(picture: Picture, size: int) -> np.ndarray | None:
+def _read(image: ImageFile, size: int) -> np.ndarray | None:
     try:
-        return np.array(square(decode_rgb(read_bytes(picture)), size)[0])
-    except (PictureError, OSError) as error:
-        print(f"{picture.name} cannot be read ({error}); --knn leaves it out", file=sys.stderr)
+        return np.array(square(decode_rgb(read_bytes(image)), size)[0])
+    except (ImageError, OSError) as error:
+        print(f"{image.name} cannot be read ({error}); --knn leaves it out", file=sys.stderr)
         return None

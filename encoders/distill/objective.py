@@ -12,8 +12,8 @@ from training.augment import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of one step. The losses are of this rank's pictures and add up to what is minimised; `shown` are figures of the
-    whole batch, `told_apart` among them: near 0 when the encoder says the same of every picture."""
+    """Of one step. The losses are of this rank's images and add up to what is minimised; `shown` are figures of the
+    whole batch, `told_apart` among them: near 0 when the encoder says the same of every image."""
 
     of_class: Float[Tensor, ""]
     of_patch: Float[Tensor, ""]
@@ -25,7 +25,7 @@ class Objective(nn.Module):
 
     saved: str
     """Name of the submodule that is the encoder; everything else is state, kept for resuming."""
-    picture_size: int
+    image_size: int
     """Side of the squares that crops are cut from, in pixels."""
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
@@ -36,7 +36,7 @@ class Objective(nn.Module):
         return getattr(self, self.saved)
 
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
-        """Both losses of this rank's block of the batch: a function of the pictures, the seed, the step and the state.
+        """Both losses of this rank's block of the batch: a function of the images, the seed, the step and the state.
 
         Computes the ViTs in the run's precision, everything else in fp32.
         """

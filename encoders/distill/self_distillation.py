@@ -23,7 +23,7 @@ class StudentTeacher(Objective):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config, self.picture_size = config, config.size
+        self.config, self.image_size = config, config.size
         self.student = new_student(config)
         self.student_head = Head(config.dim, config.prototypes)
         self.mask_token = nn.Parameter(torch.zeros(config.dim))

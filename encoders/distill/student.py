@@ -72,7 +72,7 @@ def without_layer_scale(block: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vit_description(model: VisionTransformer, size: int) -> dict[str, Any]:
-    """The numbers that build this ViT again, for pictures of `size` pixels."""
+    """The numbers that build this ViT again, for images of `size` pixels."""
     first: Any = model.blocks[0]
     return {
         "img_size": size,

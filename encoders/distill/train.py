@@ -1,4 +1,4 @@
-"""A small ViT from pictures alone, or from a larger one, for machines and domains without a ready encoder.
+"""A small ViT from images alone, or from a larger one, for machines and domains without a ready encoder.
 
 python -m pipeline encoder --images DIR --out runs/encoder
 torchrun --nproc-per-node 8 -m -- pipeline encoder --images DIR --out runs/encoder
@@ -22,8 +22,8 @@ from encoders.distill.self_distillation import StudentTeacher
 from encoders.distill.student import vit_description
 from encoders.frozen import CPU
 from encoders.load import load_encoder
-from shards.image_batches import PictureBatches
-from shards.images import PictureList, list_pictures
+from shards.image_batches import ImageBatches
+from shards.images import ImageList, list_images
 from training import checkpoint, distributed
 from training.device import pick_device, plain_attention_on_cpu
 from training.metrics import Metrics, last_figures
@@ -46,7 +46,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
         stop_after_steps: Stop, with a checkpoint, when this many steps are done in all, as a kill would.
 
     Raises:
-        ValueError: The pictures make no batch, the ranks cannot share one, or --teacher or --knn do not fit.
+        ValueError: The images make no batch, the ranks cannot share one, or --teacher or --knn do not fit.
         FloatingPointError: The loss is no longer finite; the checkpoints before it are left whole.
     """
     joined = distributed.start(config.run.device)
@@ -54,12 +54,12 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
         ranks = distributed.world_size()
         if config.batch_size % ranks:
             raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
-        pictures = list_pictures(config.images)
+        images = list_images(config.images)
         with RunFolder.open(config) as run:
             distributed.barrier()
             if run.finished:
                 return run.report()
-            return _train(config, run, pictures, stop_after_steps)
+            return _train(config, run, images, stop_after_steps)
     finally:
         if joined:
             distributed.stop()
@@ -77,14 +77,12 @@ def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objectiv
     return objective.to(device)
 
 
-def _train(
-    config: EncoderConfig, run: RunFolder, pictures: PictureList, stop_after_steps: int | None
-) -> dict[str, Any]:
-    count = len(pictures.pictures)
+def _train(config: EncoderConfig, run: RunFolder, listed: ImageList, stop_after_steps: int | None) -> dict[str, Any]:
+    count = len(listed.images)
     total = config.epochs * count // config.batch_size
     if config.epochs and not total:
         raise ValueError(
-            f"{config.epochs} epochs of {count} pictures make no batch of {config.batch_size}; "
+            f"{config.epochs} epochs of {count} listed make no batch of {config.batch_size}; "
             "lower --batch-size or raise --epochs"
         )
     device = pick_device(config.run.device)
@@ -97,9 +95,9 @@ def _train(
     step = resume(run.path, objective, optimizer)
     last = min(total, total if stop_after_steps is None else stop_after_steps)
     metrics, progress = Metrics(run.path, step=step), Progress(total, "encoder", "steps", done=step)
-    batches = PictureBatches(
-        pictures,
-        size=objective.picture_size,
+    batches = ImageBatches(
+        listed,
+        size=objective.image_size,
         batch_size=config.batch_size,
         seed=config.seed,
         step=step,
@@ -138,9 +136,9 @@ def _train(
     report = {
         "verb": "encoder",
         "steps": step,
-        "pictures": count,
+        "listed": count,
         "unreadable": int(shown.pop("unreadable", 0)),
-        "pictures_digest": pictures.digest,
+        "images_digest": listed.digest,
         "seconds": round(time.monotonic() - began, 1),
         **shown,
     }
@@ -150,9 +148,9 @@ def _train(
     return report
 
 
-def _ends_period(step: int, config: EncoderConfig, pictures: int) -> bool:
+def _ends_period(step: int, config: EncoderConfig, images: int) -> bool:
     """Whether step number `step` (from 1) completes another `knn_epochs`."""
-    period = config.knn_epochs * pictures
+    period = config.knn_epochs * images
     return step * config.batch_size // period > (step - 1) * config.batch_size // period
 
 
@@ -162,15 +160,15 @@ def _warn_of_collapse(config: EncoderConfig, shown: dict[str, float], *, step: i
     if collapsed and distributed.is_main():
         remedy = "" if config.teacher else " or a higher --teacher-momentum"
         print(
-            f"the encoder says the same of every picture at step {step} (collapse); "
+            f"the encoder says the same of every image at step {step} (collapse); "
             f"start again with a lower --base-lr{remedy}",
             file=sys.stderr,
         )
     return collapsed
 
 
-def _unreadable(batches: PictureBatches, count: int, device: torch.device) -> int:
-    """Pictures that any rank found unreadable."""
+def _unreadable(batches: ImageBatches, count: int, device: torch.device) -> int:
+    """Images that any rank found unreadable."""
     found = torch.zeros(count, device=device)
     found[list(batches.unreadable)] = 1
     return int((distributed.mean(found) > 0).sum())

@@ -1,7 +1,7 @@
 """Agreement of part maps and foreground ranks with annotated parts, and of the controls with them.
 
 Truth is a label a cell: 0 background, 255 unknown, else a part. Part maps use one label for a part in every
-picture, 0 for the background. A measure that does not apply (no such cells, one true part only) is None.
+image, 0 for the background. A measure that does not apply (no such cells, one true part only) is None.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from evaluate.parts.shortcuts import (
 from shards.truth import UNKNOWN
 
 BANDS, STRATUM_BANDS, PERMUTATIONS = 6, 4, 10
-OTHER_PICTURES = 3
+OTHER_IMAGES = 3
 PART_COLUMNS = ("beyond_shortcut", "beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi")
 PART_COLUMNS += ("parts_used", "largest_share", "speckle", "speckle_inside")
 FOREGROUND_COLUMNS = ("foreground_ap", "foreground_recall_quarter", "foreground_iou_best", "foreground_iou_quarter")
@@ -28,16 +28,16 @@ Columns = dict[str, float | None]
 
 
 def score(
-    parts: Integer[np.ndarray, "pictures grid grid"],
-    fgrank: Integer[np.ndarray, "pictures grid grid"],
-    truth_parts: Integer[np.ndarray, "pictures grid grid"],
-    images: UInt8[np.ndarray, "pictures side side 3"],
+    parts: Integer[np.ndarray, "images grid grid"],
+    fgrank: Integer[np.ndarray, "images grid grid"],
+    truth_parts: Integer[np.ndarray, "images grid grid"],
+    images: UInt8[np.ndarray, "images side side 3"],
     groups: int,
 ) -> Columns:
     """The columns of a `score-parts` row that follow from labels, ranks and truth.
 
-    NMI and ARI are over the cells of the true foreground: of all pictures together (`nmi`: a label must mean
-    the same everywhere), and within each picture, averaged (`nmi_image`). `colour_nmi` and `bands_nmi` are over
+    NMI and ARI are over the cells of the true foreground: of all images together (`nmi`: a label must mean
+    the same everywhere), and within each image, averaged (`nmi_image`). `colour_nmi` and `bands_nmi` are over
     all cells: how much the labels follow colour and height. The shift test and the mirror image need other views.
 
     Args:
@@ -54,8 +54,8 @@ def score(
 
 
 def shortcuts(
-    truth_parts: Integer[np.ndarray, "pictures grid grid"],
-    images: UInt8[np.ndarray, "pictures side side 3"],
+    truth_parts: Integer[np.ndarray, "images grid grid"],
+    images: UInt8[np.ndarray, "images side side 3"],
     groups: int,
 ) -> dict[str, Columns]:
     """The same columns for what knows no parts: as labels `bands` (as many as there are parts) and `colour`
@@ -147,19 +147,19 @@ def beyond_shortcut(
 
 
 def beyond_other(
-    parts: Integer[np.ndarray, "pictures grid grid"],
-    truth: Integer[np.ndarray, "pictures grid grid"],
-    strata: Integer[np.ndarray, "pictures grid grid"],
+    parts: Integer[np.ndarray, "images grid grid"],
+    truth: Integer[np.ndarray, "images grid grid"],
+    strata: Integer[np.ndarray, "images grid grid"],
 ) -> float | None:
-    """The same with another null: I of the labels that other pictures have at the same cells, the mean of three.
+    """The same with another null: I of the labels that other images have at the same cells, the mean of three.
 
     Labels that follow position and colour score 0 or less, and coherent regions keep no floor; the null is harder
-    than it must be where pictures are alike. None when the strata already tell the truth.
+    than it must be where images are alike. None when the strata already tell the truth.
     """
     inside = foreground_cells(truth)
     true, levels = truth[inside], strata[inside]
     uncertainty = _given(levels, lambda here: _entropy(np.unique(true[here], return_counts=True)[1]))
-    others = range(1, min(OTHER_PICTURES + 1, len(parts)))
+    others = range(1, min(OTHER_IMAGES + 1, len(parts)))
     if uncertainty < 1e-12 or not others:
         return None
 
@@ -170,28 +170,28 @@ def beyond_other(
     return float((information(parts[inside]) - null) / uncertainty)
 
 
-def speckle(parts: Integer[np.ndarray, "pictures rows cols"]) -> float:
+def speckle(parts: Integer[np.ndarray, "images rows cols"]) -> float:
     """Share of cells whose label none of their (up to four) neighbours has."""
     return float(_alone(parts).mean())
 
 
-def speckle_inside(parts: Integer[np.ndarray, "pictures rows cols"]) -> float | None:
+def speckle_inside(parts: Integer[np.ndarray, "images rows cols"]) -> float | None:
     """The same share of the cells outside the background, which is seldom speckled; None where there are none."""
     return float(_alone(parts)[parts > 0].mean()) if (parts > 0).any() else None
 
 
-def parts_used(parts: Integer[np.ndarray, "pictures rows cols"]) -> float:
-    """Different labels in a picture, the background (0) not counted; the mean over pictures."""
-    return float(np.mean([len(np.unique(picture[picture > 0])) for picture in parts]))
+def parts_used(parts: Integer[np.ndarray, "images rows cols"]) -> float:
+    """Different labels in an image, the background (0) not counted; the mean over images."""
+    return float(np.mean([len(np.unique(image[image > 0])) for image in parts]))
 
 
-def largest_share(parts: Integer[np.ndarray, "pictures rows cols"]) -> float | None:
-    """The largest part's share of a picture's cells outside the background; mean over pictures with any."""
+def largest_share(parts: Integer[np.ndarray, "images rows cols"]) -> float | None:
+    """The largest part's share of an image's cells outside the background; mean over images with any."""
     return _mean(np.bincount(own).max() / len(own) for own in (p[p > 0] for p in parts) if len(own))
 
 
-def areas(parts: Integer[np.ndarray, "pictures rows cols"], groups: int) -> list[float] | None:
-    """Each part's share of the cells outside the background, over all pictures; None where there are none.
+def areas(parts: Integer[np.ndarray, "images rows cols"], groups: int) -> list[float] | None:
+    """Each part's share of the cells outside the background, over all images; None where there are none.
 
     Args:
         groups: Labels there are, the background included.
@@ -201,14 +201,14 @@ def areas(parts: Integer[np.ndarray, "pictures rows cols"], groups: int) -> list
 
 
 def flip_agreement(
-    parts: Integer[np.ndarray, "pictures rows cols"], of_mirrored: Integer[np.ndarray, "pictures rows cols"]
+    parts: Integer[np.ndarray, "images rows cols"], of_mirrored: Integer[np.ndarray, "images rows cols"]
 ) -> float:
-    """Share of cells with the same label in a picture and, mirrored back, in its mirror image."""
+    """Share of cells with the same label in an image and, mirrored back, in its mirror image."""
     return float((parts == of_mirrored[:, :, ::-1]).mean())
 
 
 def flip_inside(
-    parts: Integer[np.ndarray, "pictures rows cols"], of_mirrored: Integer[np.ndarray, "pictures rows cols"]
+    parts: Integer[np.ndarray, "images rows cols"], of_mirrored: Integer[np.ndarray, "images rows cols"]
 ) -> float | None:
     """The same share of the cells that have a part in either; None where there are none."""
     back = of_mirrored[:, :, ::-1]
@@ -217,8 +217,8 @@ def flip_inside(
 
 
 def foreground_cells(
-    truth_parts: Integer[np.ndarray, "*pictures rows cols"],
-) -> Bool[np.ndarray, "*pictures rows cols"]:
+    truth_parts: Integer[np.ndarray, "*images rows cols"],
+) -> Bool[np.ndarray, "*images rows cols"]:
     """Cells of any part: neither background nor unknown."""
     return (truth_parts > 0) & (truth_parts != UNKNOWN)
 
@@ -257,7 +257,7 @@ def _part_columns(parts: np.ndarray, truth: np.ndarray, colours: np.ndarray) -> 
 
 
 def _foreground_columns(scores: np.ndarray, truth: np.ndarray) -> Columns:
-    """Per picture over its known cells, then the mean over pictures with a foreground."""
+    """Per image over its known cells, then the mean over images with a foreground."""
     rows: list[tuple[float | None, ...]] = []
     for values, labels in zip(scores.reshape(len(truth), -1), truth.reshape(len(truth), -1), strict=True):
         inside, known = foreground_cells(labels[None])[0], labels != UNKNOWN
@@ -274,7 +274,7 @@ def _foreground_columns(scores: np.ndarray, truth: np.ndarray) -> Columns:
     return {name: _mean(row[place] for row in rows) for place, name in enumerate(FOREGROUND_COLUMNS)}
 
 
-def _alone(parts: Integer[np.ndarray, "pictures rows cols"]) -> Bool[np.ndarray, "pictures rows cols"]:
+def _alone(parts: Integer[np.ndarray, "images rows cols"]) -> Bool[np.ndarray, "images rows cols"]:
     """Cells whose label none of their neighbours has."""
     down, right = parts[:, 1:] == parts[:, :-1], parts[:, :, 1:] == parts[:, :, :-1]
     matched = np.zeros(parts.shape, dtype=bool)

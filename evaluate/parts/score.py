@@ -1,4 +1,4 @@
-"""Labellers against pictures whose parts are known: the rows of `score-parts`."""
+"""Labellers against images whose parts are known: the rows of `score-parts`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,33 +13,33 @@ from partlearn.labelling.learned import Labeller
 
 BATCH = 16
 LABELLINGS = 5
-"""Times each picture is looked at: centre, mirrored, two shifted crops, off centre."""
+"""Times each image is looked at: centre, mirrored, two shifted crops, off centre."""
 Advance = Callable[[int], None]
 Seen = tuple[np.ndarray, np.ndarray]
-"""Labels, the background as 0 where there is one, and foreground ranks: both [pictures, grid, grid]."""
+"""Labels, the background as 0 where there is one, and foreground ranks: both [images, grid, grid]."""
 Below = tuple[dict[str, Any], float]
 """A row, and the foreground AP of the centre prior that it fails to reach."""
 
 
 def score_labellers(
-    labellers: Sequence[Labeller], pictures: TruthSet, *, size: int, advance: Advance
+    labellers: Sequence[Labeller], truth: TruthSet, *, size: int, advance: Advance
 ) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
     """Of each labeller: the rows of the centre and the off-centre squares, and its labels of the first.
 
     `flip_agreement` and `flip_inside` label the mirrored centre squares; `shift_ari` compares the labels of two crops
-    of one photograph, a quarter of their side apart, on the cells that both show. The encoder reads each picture once
+    of one photograph, a quarter of their side apart, on the cells that both show. The encoder reads each image once
     for all labellers.
 
     Args:
         labellers: All on the same block of the same encoder.
-        size: Side of the pictures in pixels, as extraction would store them.
-        advance: Told how many pictures were read.
+        size: Side of the images in pixels, as extraction would store them.
+        advance: Told how many images were read.
     """
     grid = labellers[0].grid
-    centre = pictures.centre(size=size, grid=grid)
-    off = pictures.off_centre(size=size, grid=grid)
+    centre = truth.centre(size=size, grid=grid)
+    off = truth.off_centre(size=size, grid=grid)
     mirrored = np.ascontiguousarray(centre.images[:, :, ::-1])
-    views = [centre.images, off.images, mirrored, *(view.images for view in pictures.shifted(size=size, grid=grid))]
+    views = [centre.images, off.images, mirrored, *(view.images for view in truth.shifted(size=size, grid=grid))]
     seen = zip(*(labels_of(labellers, images, advance) for images in views), strict=True)
     told = []
     for labeller, (here, there, flipped, left, right) in zip(labellers, seen, strict=True):
@@ -59,11 +59,11 @@ def score_labellers(
     return told
 
 
-def control_rows(pictures: TruthSet, *, size: int, grid: int, counts: Sequence[int]) -> list[dict[str, Any]]:
+def control_rows(images: TruthSet, *, size: int, grid: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """What position and colour alone score, by the same measures; how many parts there are matters to bands alone."""
     views: dict[str, View] = {
-        "centre": pictures.centre(size=size, grid=grid),
-        "off centre": pictures.off_centre(size=size, grid=grid),
+        "centre": images.centre(size=size, grid=grid),
+        "off centre": images.off_centre(size=size, grid=grid),
     }
     nothing = dict.fromkeys(("flip_agreement", "flip_inside", "shift_ari", "areas"))
     first = [
@@ -92,9 +92,9 @@ def below_centre(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, An
 
 
 def labels_of(
-    labellers: Sequence[Labeller], images: UInt8[np.ndarray, "pictures side side 3"], advance: Advance
+    labellers: Sequence[Labeller], images: UInt8[np.ndarray, "images side side 3"], advance: Advance
 ) -> list[Seen]:
-    """What each labeller says of the pictures, in batches of like size: shuffled labels need a next picture."""
+    """What each labeller says of the images, in batches of like size: shuffled labels need a next image."""
     pieces: list[list[Seen]] = [[] for _ in labellers]
     for batch in np.array_split(images, -(-len(images) // BATCH)):
         tokens = labellers[0].encoder(torch.from_numpy(batch))
@@ -111,17 +111,15 @@ def parts_of(labeller: Labeller) -> int:
 
 
 def background_first(
-    parts: Integer[np.ndarray, "pictures grid grid"], groups: int
-) -> Integer[np.ndarray, "pictures grid grid"]:
+    parts: Integer[np.ndarray, "images grid grid"], groups: int
+) -> Integer[np.ndarray, "images grid grid"]:
     """Stored labels count parts from 0 and name the background last; truth has it first, as 0."""
     return (parts.astype(np.int64) + 1) % groups
 
 
-def shift_ari(
-    left: Integer[np.ndarray, "pictures grid grid"], right: Integer[np.ndarray, "pictures grid grid"]
-) -> float:
+def shift_ari(left: Integer[np.ndarray, "images grid grid"], right: Integer[np.ndarray, "images grid grid"]) -> float:
     """ARI of two crops' labels on the cells both show; `right` begins `shift_cells` further right. Mean over
-    pictures. Bands follow no object and pass it; what follows columns does not."""
+    images. Bands follow no object and pass it; what follows columns does not."""
     cells = shift_cells(left.shape[-1])
     pairs = zip(left[:, :, cells:], right[:, :, :-cells], strict=True)
     return float(np.mean([ari(one.ravel(), other.ravel()) for one, other in pairs]))

@@ -17,14 +17,14 @@ def centre_prior(grid: int) -> Float[np.ndarray, "grid grid"]:
     return -np.hypot(offset[:, None], offset[None, :])
 
 
-def darkness(images: UInt8[np.ndarray, "pictures side side 3"], grid: int) -> Float[np.ndarray, "pictures grid grid"]:
+def darkness(images: UInt8[np.ndarray, "images side side 3"], grid: int) -> Float[np.ndarray, "images grid grid"]:
     """1 - mean of the three channels: dark cells first."""
     return 1 - cell_colours(images, grid).mean(axis=-1)
 
 
 def border_distance_rgb(
-    images: UInt8[np.ndarray, "pictures side side 3"], grid: int
-) -> Float[np.ndarray, "pictures grid grid"]:
+    images: UInt8[np.ndarray, "images side side 3"], grid: int
+) -> Float[np.ndarray, "images grid grid"]:
     """Distance of a cell's mean colour from the mean colour of the outermost ring of cells."""
     colours = cell_colours(images, grid)
     edge = np.ones((grid, grid), dtype=bool)
@@ -32,15 +32,13 @@ def border_distance_rgb(
     return np.linalg.norm(colours - colours[:, edge].mean(axis=1)[:, None, None], axis=-1)
 
 
-def cell_colours(
-    images: UInt8[np.ndarray, "pictures side side 3"], grid: int
-) -> Float[np.ndarray, "pictures grid grid 3"]:
+def cell_colours(images: UInt8[np.ndarray, "images side side 3"], grid: int) -> Float[np.ndarray, "images grid grid 3"]:
     """Mean colour of each cell, between 0 and 1; pixel y lies in row y · grid // side."""
     side = images.shape[1]
     if side < grid:
-        raise ValueError(f"pictures must be at least {grid} pixels wide for {grid} cells a side, got {side}")
+        raise ValueError(f"images must be at least {grid} pixels wide for {grid} cells a side, got {side}")
     starts = -(-np.arange(grid) * side // grid)
-    sums = np.stack(  # a picture at a time: all of them as 64-bit sums would not fit
+    sums = np.stack(  # an image at a time: all of them as 64-bit sums would not fit
         [np.add.reduceat(np.add.reduceat(image, starts, axis=0, dtype=np.int64), starts, axis=1) for image in images]
     )
     heights = np.diff(np.append(starts, side))
@@ -48,9 +46,9 @@ def cell_colours(
 
 
 def colour_clusters(
-    images: UInt8[np.ndarray, "pictures side side 3"], grid: int, count: int = COLOURS
-) -> Int64[np.ndarray, "pictures grid grid"]:
-    """Each cell's cluster by k-means on mean RGB over all pictures.
+    images: UInt8[np.ndarray, "images side side 3"], grid: int, count: int = COLOURS
+) -> Int64[np.ndarray, "images grid grid"]:
+    """Each cell's cluster by k-means on mean RGB over all images.
 
     Lloyd's algorithm, 20 rounds, from `count` colours spread by farthest-first choice: no randomness at all.
     """

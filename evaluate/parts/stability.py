@@ -8,7 +8,7 @@ from jaxtyping import Integer
 from scipy.optimize import linear_sum_assignment
 
 
-def stability(labellings: Sequence[Integer[np.ndarray, "pictures rows cols"]]) -> float:
+def stability(labellings: Sequence[Integer[np.ndarray, "images rows cols"]]) -> float:
     """The matched IoU of two runs' labels of the same cells; the mean over pairs of runs.
 
     Raises:
@@ -19,10 +19,8 @@ def stability(labellings: Sequence[Integer[np.ndarray, "pictures rows cols"]]) -
     return float(np.mean([matched_iou(one, other) for one, other in combinations(labellings, 2)]))
 
 
-def matched_iou(
-    one: Integer[np.ndarray, "pictures rows cols"], other: Integer[np.ndarray, "pictures rows cols"]
-) -> float:
-    """IoU of parts over the cells of all pictures, under the best one-to-one match π of their names:
+def matched_iou(one: Integer[np.ndarray, "images rows cols"], other: Integer[np.ndarray, "images rows cols"]) -> float:
+    """IoU of parts over the cells of all images, under the best one-to-one match π of their names:
 
         max_π Σ_i |one = i and other = π(i)| / |one = i or other = π(i)| / parts
 

@@ -1,4 +1,4 @@
-"""Stored labels against pictures whose parts are known: one row a method, shortcuts among them."""
+"""Stored labels against images whose parts are known: one row a method, shortcuts among them."""
 
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ SHOWN = (
 
 
 def score_against_truth(sets: dict[str, ShardSet], *, truth: Path) -> list[dict[str, Any]]:
-    """Scores of each shard set of the same pictures, then of the shortcut controls.
+    """Scores of each shard set of the same images, then of the shortcut controls.
 
     Args:
         truth: Folder with labels/NAME.png (part ids, 0 = background) or masks/NAME.png (0 and 255) beside
-            images/NAME.jpg; cut to squares as the pictures were.
+            images/NAME.jpg; cut to squares as the images were.
 
     Raises:
-        FileNotFoundError, ValueError: A picture has no truth, or one of another size.
+        FileNotFoundError, ValueError: An image has no truth, or one of another size.
     """
     rows = []
     for method, shards in sets.items():
@@ -62,7 +62,7 @@ def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _true_cells(shards: ShardSet, truth: Path) -> np.ndarray:
-    """Of the squares that were cut from the pictures."""
+    """Of the squares that were cut from the images."""
     files, index = TruthFiles(truth, shards.sources), shards.path / "index.parquet"
     sizes = zip(*(read_column(index, side) for side in ("src_width", "src_height")), strict=True)
     boxes = zip(*(map(int, read_column(index, side)) for side in BOX), strict=True)

@@ -1,4 +1,4 @@
-"""Pictures with known parts or masks, seen through square crops: pixels, and true labels of the same cells."""
+"""Images with known parts or masks, seen through square crops: pixels, and true labels of the same cells."""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from shards.decode import decode_rgb
-from shards.images import list_pictures, read_bytes
+from shards.images import list_images, read_bytes
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """A square of a picture in its pixels."""
+    """A square of an image in its pixels."""
 
     x0: int
     y0: int
@@ -29,10 +29,10 @@ class Crop:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The same crop of every picture of a set."""
+    """The same crop of every image of a set."""
 
-    images: UInt8[np.ndarray, "pictures side side 3"]
-    truth: Int[np.ndarray, "pictures grid grid"]
+    images: UInt8[np.ndarray, "images side side 3"]
+    truth: Int[np.ndarray, "images grid grid"]
     """0 background, 255 unknown, else a part."""
 
 
@@ -40,13 +40,13 @@ class TruthSet:
     """`images/NAME.jpg` with `labels/NAME.png` (part ids, 0 = background, 255 unknown) or `masks/NAME.png` (0, 255).
 
     Raises:
-        FileNotFoundError: A picture has no truth, or there is no such folder.
+        FileNotFoundError: An image has no truth, or there is no such folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.pictures = list_pictures(folder).pictures
-        self._truth = TruthFiles(folder, [picture.name for picture in self.pictures])
+        self.images = list_images(folder).images
+        self._truth = TruthFiles(folder, [image.name for image in self.images])
 
     def centre(self, *, size: int, grid: int) -> View:
         """The centre square of the short side, as extraction stores it.
@@ -66,7 +66,7 @@ class TruthSet:
         return self._view(lambda width, height, index: _square(width, height, index % 2), size, grid)
 
     def shifted(self, *, size: int, grid: int) -> tuple[View, View]:
-        """Two crops of every picture, the second `shift_cells` further right: together about as wide as the short side.
+        """Two crops of every image, the second `shift_cells` further right: together about as wide as the short side.
 
         Their side is such that the distance is a whole number of pixels: cells that both show hold the same ones.
         """
@@ -88,15 +88,15 @@ class TruthSet:
         return View(np.stack(pixels), np.stack(cells))
 
     def _crops(self, crop_of, size: int, grid: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for index, picture in enumerate(self.pictures):
-            image = decode_rgb(read_bytes(picture))
+        for index, file in enumerate(self.images):
+            image = decode_rgb(read_bytes(file))
             crop = crop_of(*image.size, index)
             if crop.side < grid:
                 raise ValueError(
-                    f"{picture.name} is {image.width}x{image.height}: too small for crops of {grid} cells a side; "
+                    f"{file.name} is {image.width}x{image.height}: too small for crops of {grid} cells a side; "
                     "choose a smaller --grid"
                 )
-            true = self._truth.read_for(picture.name, image.size)
+            true = self._truth.read_for(file.name, image.size)
             cells = cells_of(true[crop.y0 : crop.y0 + crop.side, crop.x0 : crop.x0 + crop.side], grid)
             yield np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box)), cells
 

@@ -1,6 +1,6 @@
 """Part maps that nothing was learned for, behind the learner's own interface: what learned parts have to beat.
 
-k-means over all pictures is not here: it is a part learner that takes no step (`learn-parts`; plain with --no-relative
+k-means over all images is not here: it is a part learner that takes no step (`learn-parts`; plain with --no-relative
 --whiten 0 --diffusion 0).
 """
 
@@ -25,7 +25,7 @@ NAMES: tuple[str, ...] = get_args(Name)
 OF_HEADS: tuple[str, ...] = ("heads", "heads-mass", "shuffled-heads")
 """Those with as many parts as the encoder has heads, whatever is asked for."""
 MASS = 0.6
-"""Share of a head's attention that its cells hold (heads-mass): the threshold of DINO's pictures."""
+"""Share of a head's attention that its cells hold (heads-mass): the threshold of DINO's images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,20 @@ class BaselineShape:
 
 
 class Baseline:
-    """Labels of a picture by rule.
+    """Labels of an image by rule.
 
     heads: the head of the last block that attends most to a cell; as many parts as heads. kmeans-image: k-means on
-    the picture's own relative tokens; a label means nothing in the next picture. regions: compact random regions, the
-    cells nearest to random foreground cells. grid: rectangles of one area that fill the whole picture, in columns of
-    as many (of 5, three and two; of 2, one above the other). bands: horizontal stripes of it. Where a picture's object
+    the image's own relative tokens; a label means nothing in the next image. regions: compact random regions, the
+    cells nearest to random foreground cells. grid: rectangles of one area that fill the whole image, in columns of
+    as many (of 5, three and two; of 2, one above the other). bands: horizontal stripes of it. Where an image's object
     has fewer cells than there are parts, kmeans-image and regions use as many parts as cells. All of them leave out the
     background, as the learner does: cells that are not the object by the encoder's foreground score.
 
     heads-mass: the rival of the paper's Table 4. Each head keeps the cells that hold MASS of its attention, a cell goes
     to the head that attends most to it among those that keep it; the background is what no head keeps.
 
-    shuffled-heads, shuffled-kmeans-image: what is said of the next picture of the batch, the first after the last; a
-    control for what all pictures share. Two views of a picture still agree as they did.
+    shuffled-heads, shuffled-kmeans-image: what is said of the next image of the batch, the first after the last; a
+    control for what all images share. Two views of an image still agree as they did.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class Baseline:
 
     @property
     def shuffled(self) -> bool:
-        """Whether a picture has the labels of another."""
+        """Whether an image has the labels of another."""
         return self.name.startswith("shuffled-")
 
     def labelled(self, tokens: Tokens) -> Tokens:
-        """The tokens that labels are of: a shuffled baseline looks at the next picture.
+        """The tokens that labels are of: a shuffled baseline looks at the next image.
 
         Raises:
-            ValueError: There is no next picture.
+            ValueError: There is no next image.
         """
         if not self.shuffled:
             return tokens
         if len(tokens.class_token) < 2:
-            raise ValueError(f"{self.name} takes the labels of the next picture, so a batch needs at least two, got 1")
+            raise ValueError(f"{self.name} takes the labels of the next image, so a batch needs at least two, got 1")
         return Tokens(*(getattr(tokens, name).roll(-1, dims=0) for name in Tokens.__dataclass_fields__))
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class Baseline:
         """Part of each cell, the background last, and its rank in foreground.
 
         Raises:
-            ValueError: A shuffled baseline was given one picture alone.
+            ValueError: A shuffled baseline was given one image alone.
         """
         tokens = self.labelled(tokens)
         score = foreground_score(tokens, self.foreground)
@@ -138,7 +138,7 @@ class Baseline:
 
 
 def rectangles(parts: int, columns: int, grid: int) -> Int64[Tensor, "rows cols"]:
-    """A picture in `parts` rectangles of one area, as near as cells allow: columns whose width is their share of the
+    """An image in `parts` rectangles of one area, as near as cells allow: columns whose width is their share of the
     parts, each cut into rows; numbered down the columns, the first of which have one part more."""
     counts = torch.full((columns,), parts // columns)
     counts[: parts % columns] += 1
@@ -163,14 +163,14 @@ def holding(mass: Float[Tensor, "*rows patches"], share: float) -> Bool[Tensor, 
 
 
 def _clusters(tokens: Tensor, chosen: Tensor, parts: int) -> Tensor:
-    """k-means fitted on the chosen cells of a picture, always from the same draws; a part a cell where they are few."""
+    """k-means fitted on the chosen cells of an image, always from the same draws; a part a cell where they are few."""
     count = min(parts, int(chosen.sum()))
     centres = spherical_kmeans(tokens[chosen], count, generator=torch.Generator().manual_seed(0), starts=1)
     return (tokens @ centres.T).argmax(dim=1)
 
 
 def _regions(rank: Tensor, chosen: Tensor, places: Tensor, parts: int) -> Tensor:
-    """Voronoi cells of random foreground cells; the draw depends on the picture, through its foreground rank alone."""
+    """Voronoi cells of random foreground cells; the draw depends on the image, through its foreground rank alone."""
     key = int((rank * torch.arange(1, len(rank) + 1)).sum()) % 2**31
     drawn = torch.randperm(int(chosen.sum()), generator=torch.Generator().manual_seed(key))[:parts]
     return torch.cdist(places, places[chosen.nonzero().squeeze(1)[drawn]]).argmin(dim=1)

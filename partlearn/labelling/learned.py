@@ -1,4 +1,4 @@
-"""Pictures in, part labels and foreground ranks out: what extraction stores."""
+"""Images in, part labels and foreground ranks out: what extraction stores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from training.device import computes_bf16
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What is stored of a batch of pictures."""
+    """What is stored of a batch of images."""
 
     parts: UInt8[np.ndarray, "batch rows cols"]
     fgrank: UInt16[np.ndarray, "batch rows cols"]
@@ -27,7 +27,7 @@ class Labels:
     attn: UInt8[np.ndarray, "batch heads rows cols"] | None
     """Class attention of each head, scaled so that its most attended cell is 255; where it was asked for."""
     confidence: UInt8[np.ndarray, " batch"]
-    """That there is an object, in hundredths; see `foreground.confidence`. Of shuffled labels, in the picture that they
+    """That there is an object, in hundredths; see `foreground.confidence`. Of shuffled labels, in the image that they
     are of."""
 
 
@@ -109,7 +109,7 @@ class Labeller:
 
     @property
     def shuffled(self) -> bool:
-        """Whether a picture has the labels of another, and cannot be labelled alone."""
+        """Whether an image has the labels of another, and cannot be labelled alone."""
         return isinstance(self.learner, Baseline) and self.learner.shuffled
 
     @property
@@ -122,7 +122,7 @@ class Labeller:
         return self.of(self.encoder(torch.from_numpy(images)))
 
     def of(self, tokens: Tokens) -> Labels:
-        """The labels of pictures that the encoder has read already.
+        """The labels of images that the encoder has read already.
 
         Raises:
             FloatingPointError: The encoder's tokens are not finite: any labels of them would look plausible.

@@ -1,4 +1,4 @@
-"""One slice of pictures in, one labelled shard out. No Ray here: `pipeline/extract.py` calls it from wherever."""
+"""One slice of images in, one labelled shard out. No Ray here: `pipeline/extract.py` calls it from wherever."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +11,7 @@ from partlearn.config import ExtractConfig
 from partlearn.labelling.learned import Labeller
 from partlearn.labelling.sources import Load, Source, Stored
 from partlearn.labelling.truth import TruthLabeller
-from shards.sample import LabelledPicture, Rejected
+from shards.sample import LabelledImage, Rejected
 from shards.writer import write_shard
 
 AnyLabeller = Labeller | TruthLabeller
@@ -23,7 +23,7 @@ def build_shard(
     """Label slice `number` of the source, commit it as one shard, and return its sidecar.
 
     A pure function of its arguments, down to the bytes. Labels are computed on the stored JPEG's own pixels, while
-    threads prepare the next batch. Unreadable pictures are listed in the sidecar with their reason; none is lost in
+    threads prepare the next batch. Unreadable images are listed in the sidecar with their reason; none is lost in
     silence.
     """
     rejected: list[Rejected] = []
@@ -39,20 +39,20 @@ def build_shard(
 
 def _labelled(
     loads: list[Load], labeller: AnyLabeller, config: ExtractConfig, rejected: list[Rejected]
-) -> Iterator[LabelledPicture]:
-    """A shard's own pictures, in order; what cannot be read or labelled goes to `rejected`."""
+) -> Iterator[LabelledImage]:
+    """A shard's own images, in order; what cannot be read or labelled goes to `rejected`."""
     batches = _batches(loads, config, rejected)
     shuffled = isinstance(labeller, Labeller) and labeller.shuffled
     for batch in never_alone(batches, config.batch_size) if shuffled else batches:
-        if shuffled and len(batch) == 1 and not config.relabel:  # in a label set no picture may be missing
-            reason = f"{config.parts} needs another picture, and no other of its shard can be read"
+        if shuffled and len(batch) == 1 and not config.relabel:  # in a label set no image may be missing
+            reason = f"{config.parts} needs another image, and no other of its shard can be read"
             rejected.append(Rejected(batch[0].source, int(batch[0].key), "label", reason))
         elif batch:
             yield from _label(batch, labeller)
 
 
 def _batches(loads: list[Load], config: ExtractConfig, rejected: list[Rejected]) -> Iterator[list[Stored]]:
-    """The pictures that can be read, `batch_size` inputs at a time; the next are prepared meanwhile."""
+    """The images that can be read, `batch_size` inputs at a time; the next are prepared meanwhile."""
     with ThreadPoolExecutor(config.run.threads) as pool:
 
         def submit(start: int) -> list[Future[Stored | Rejected]]:
@@ -68,8 +68,8 @@ def _batches(loads: list[Load], config: ExtractConfig, rejected: list[Rejected])
 
 
 def never_alone(batches: Iterable[list[Stored]], size: int) -> Iterator[list[Stored]]:
-    """The same pictures in batches of `size` (of 2 where that is 1), the last of 2 to `size` + 1: a picture is alone
-    only where there is no other. Shuffled labels are those of the next picture of the batch."""
+    """The same images in batches of `size` (of 2 where that is 1), the last of 2 to `size` + 1: an image is alone
+    only where there is no other. Shuffled labels are those of the next image of the batch."""
     size, ready = max(2, size), []
     for batch in batches:
         ready += batch
@@ -79,13 +79,13 @@ def never_alone(batches: Iterable[list[Stored]], size: int) -> Iterator[list[Sto
     yield ready
 
 
-def _label(batch: list[Stored], labeller: AnyLabeller) -> Iterator[LabelledPicture]:
+def _label(batch: list[Stored], labeller: AnyLabeller) -> Iterator[LabelledImage]:
     if isinstance(labeller, TruthLabeller):
         labels = labeller(batch)
     else:
         labels = labeller(np.stack([stored.pixels for stored in batch]))
     for place, stored in enumerate(batch):
-        yield LabelledPicture(
+        yield LabelledImage(
             key=stored.key,
             source=stored.source,
             class_id=stored.class_id,

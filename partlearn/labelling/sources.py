@@ -1,4 +1,4 @@
-"""What extraction reads: pictures as people have them, or those of a finished shard set."""
+"""What extraction reads: images as people have them, or those of a finished shard set."""
 
 import io
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from shards import storage
-from shards.decode import Box, PictureError, decode_rgb, square
-from shards.images import Picture, PictureList, list_pictures, read_bytes
+from shards.decode import Box, ImageError, decode_rgb, square
+from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.index import BOX
 from shards.order import permutation
 from shards.sample import Rejected
@@ -23,7 +23,7 @@ from shards.writer import shard_paths
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A picture as the shard holds it, and its pixels as any reader decodes them."""
+    """An image as the shard holds it, and its pixels as any reader decodes them."""
 
     key: str
     source: str
@@ -38,56 +38,56 @@ class Stored:
 Load = Callable[[], Stored | Rejected]
 
 
-class FromPictures:
-    """The seeded permutation of a list of pictures, squared and encoded anew.
+class FromImages:
+    """The seeded permutation of a list of images, squared and encoded anew.
 
-    Like `FromShards` it has `size` (side of the stored pictures in pixels), `classes`, `inputs` (name, digest and
+    Like `FromShards` it has `size` (side of the stored images in pixels), `classes`, `inputs` (name, digest and
     count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), `slice(number)`: what the shard owns,
-    each to be loaded by whatever thread has time; `names` of all pictures, and `pictures_at`, where those are files.
+    each to be loaded by whatever thread has time; `names` of all images, and `images_at`, where those are files.
     """
 
-    def __init__(self, pictures: PictureList, *, size: int, quality: int, samples_per_shard: int, seed: int):
-        self.pictures, self.size, self.quality = pictures.pictures, size, quality
-        self.classes = pictures.classes
-        self.pictures_at = _absolute(pictures.source)
+    def __init__(self, images: ImageList, *, size: int, quality: int, samples_per_shard: int, seed: int):
+        self.images, self.size, self.quality = images.images, size, quality
+        self.classes = images.classes
+        self.images_at = _absolute(images.source)
         self.inputs: dict[str, Any] = {
-            "source": self.pictures_at,
-            "list_sha256": pictures.digest,
-            "count": len(pictures.pictures),
+            "source": self.images_at,
+            "list_sha256": images.digest,
+            "count": len(images.images),
         }
-        starts = range(0, len(self.pictures), samples_per_shard)
-        self.shard_sizes = [min(samples_per_shard, len(self.pictures) - start) for start in starts]
+        starts = range(0, len(self.images), samples_per_shard)
+        self.shard_sizes = [min(samples_per_shard, len(self.images) - start) for start in starts]
         self._per_shard = samples_per_shard
-        self._order = permutation(len(self.pictures), seed=seed, epoch=0)
+        self._order = permutation(len(self.images), seed=seed, epoch=0)
 
     @property
     def names(self) -> list[str]:
-        return [picture.name for picture in self.pictures]
+        return [image.name for image in self.images]
 
     def slice(self, number: int) -> list[Load]:
         first = number * self._per_shard
         slots = range(first, first + self.shard_sizes[number])
-        return [partial(self._load, slot, self.pictures[int(self._order[slot])]) for slot in slots]
+        return [partial(self._load, slot, self.images[int(self._order[slot])]) for slot in slots]
 
-    def _load(self, ordinal: int, picture: Picture) -> Stored | Rejected:
+    def _load(self, ordinal: int, file: ImageFile) -> Stored | Rejected:
         """Decode, square, and encode as the shard will hold it; or the reason why not."""
         try:
-            data = read_bytes(picture)
+            data = read_bytes(file)
         except OSError as error:
-            return Rejected(source=picture.name, ordinal=ordinal, stage="read", reason=str(error))
+            return Rejected(source=file.name, ordinal=ordinal, stage="read", reason=str(error))
         try:
             image = decode_rgb(data)
-        except PictureError as error:
-            return Rejected(source=picture.name, ordinal=ordinal, stage="decode", reason=str(error))
+        except ImageError as error:
+            return Rejected(source=file.name, ordinal=ordinal, stage="decode", reason=str(error))
         cropped, box = square(image, self.size)
         buffer = io.BytesIO()
         cropped.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
         jpeg = buffer.getvalue()
-        return Stored(f"{ordinal:08d}", picture.name, picture.class_id, jpeg, _pixels(jpeg), image.size, box)
+        return Stored(f"{ordinal:08d}", file.name, file.class_id, jpeg, _pixels(jpeg), image.size, box)
 
 
 class FromShards:
-    """The pictures of a shard set in its own shards, for a label set that lies over them."""
+    """The images of a shard set in its own shards, for a label set that lies over them."""
 
     def __init__(self, path: Path):
         self._shards = ShardSet.open(path)
@@ -101,7 +101,7 @@ class FromShards:
         }
         self.shard_sizes = [shard["samples"] for shard in info["shards"]]
         self._first = [shard["first_index"] for shard in info["shards"]]
-        self.pictures_at = str(info["inputs"].get("source", path))
+        self.images_at = str(info["inputs"].get("source", path))
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +115,7 @@ class FromShards:
         return [partial(self._load, self._first[number] + place, row) for place, row in enumerate(rows)]
 
     def _load(self, index: int, row: dict[str, Any]) -> Stored:
-        """A damaged picture raises SampleError: its labels may not go missing."""
+        """A damaged image raises SampleError: its labels may not go missing."""
         sample = self._shards.read(index)
         x0, y0, x1, y1 = (row[side] for side in BOX)
         source_size = (row["src_width"], row["src_height"])
@@ -123,7 +123,7 @@ class FromShards:
         return Stored(sample.key, row["source"], sample.class_id, b"", pixels, source_size, (x0, y0, x1, y1))
 
 
-Source = FromPictures | FromShards
+Source = FromImages | FromShards
 
 
 def _absolute(source: str) -> str:
@@ -138,13 +138,13 @@ def _pixels(jpeg: bytes) -> np.ndarray:
 def open_source(
     images: str | None, relabel: Path | None, *, size: int, quality: int, samples_per_shard: int, seed: int
 ) -> Source:
-    """The pictures in `images`, or those of the shard set `relabel`.
+    """The images in `images`, or those of the shard set `relabel`.
 
     Raises:
-        FileNotFoundError, ValueError, ShardError: There are none (see `list_pictures` and `ShardSet.open`).
+        FileNotFoundError, ValueError, ShardError: There are none (see `list_images` and `ShardSet.open`).
     """
     if relabel is not None:
         return FromShards(relabel)
-    return FromPictures(
-        list_pictures(images or ""), size=size, quality=quality, samples_per_shard=samples_per_shard, seed=seed
+    return FromImages(
+        list_images(images or ""), size=size, quality=quality, samples_per_shard=samples_per_shard, seed=seed
     )

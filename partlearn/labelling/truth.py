@@ -17,25 +17,25 @@ from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
 class TruthLabeller:
-    """Labels of the part maps that lie beside the pictures of `source` (`shards/truth.py`), behind the interface of
+    """Labels of the part maps that lie beside the images of `source` (`shards/truth.py`), behind the interface of
     `Labeller`; it looks at no pixel.
 
     Part id k becomes the label k - 1; background and unknown cells have the last label. There are as many labels in
-    every picture: see `TruthFiles.count_parts`. Every map is read here once, for the digest that goes into the plan.
+    every image: see `TruthFiles.count_parts`. Every map is read here once, for the digest that goes into the plan.
 
     Raises:
-        ValueError: The pictures come from no local folder, or the parts do not fit into a byte.
-        FileNotFoundError: A picture has no truth.
+        ValueError: The images come from no local folder, or the parts do not fit into a byte.
+        FileNotFoundError: An image has no truth.
     """
 
     heads = 0
 
     def __init__(self, source: Source, *, grid: int):
-        folder = Path(source.pictures_at)
+        folder = Path(source.images_at)
         if not folder.is_dir():
             raise ValueError(
-                f"--parts truth needs pictures from a local folder that holds images/ beside labels/ or masks/, got "
-                f"{source.pictures_at}"
+                f"--parts truth needs images from a local folder that holds images/ beside labels/ or masks/, got "
+                f"{source.images_at}"
             )
         if not 1 <= grid <= 256:
             raise ValueError(f"grid must lie between 1 and 256 (ranks are two bytes), got {grid}")
@@ -67,7 +67,7 @@ class TruthLabeller:
         """True part of each cell, and its rank in foreground; the confidence is 255: nobody asked.
 
         Raises:
-            ValueError: A map is of another size than its picture, smaller than the grid, or has an id that is no part.
+            ValueError: A map is of another size than its image, smaller than the grid, or has an id that is no part.
         """
         cells = np.stack([self._cells(stored) for stored in batch])
         outside = (cells == 0) | (cells == UNKNOWN)
@@ -79,7 +79,7 @@ class TruthLabeller:
         )
 
     def _cells(self, stored: Stored) -> Int[np.ndarray, "grid grid"]:
-        """Of the square of the map that was cut from the picture."""
+        """Of the square of the map that was cut from the image."""
         path, ids = self.files.path(stored.source), self.files.read_for(stored.source, stored.source_size)
         x0, y0, x1, y1 = map(int, stored.box)
         wrong = ids[(ids > self.parts) & (ids != UNKNOWN)]

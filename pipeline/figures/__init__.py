@@ -1,1 +1,1 @@
-"""Pictures for people: contact sheets of masks and parts."""
+"""Images for people: contact sheets of masks and parts."""

@@ -1,4 +1,4 @@
-"""The picture that `learn-parts` leaves beside its figures: some of its pictures, their foreground and their parts."""
+"""The image that `learn-parts` leaves beside its figures: some of its images, their foreground and their parts."""
 
 import io
 import sys
@@ -10,8 +10,8 @@ from PIL import Image
 from partlearn.config import LearnConfig
 from partlearn.labelling.learned import Labeller
 from shards.atomic import write_whole
-from shards.decode import PictureError, decode_rgb, square
-from shards.images import list_pictures, read_bytes
+from shards.decode import ImageError, decode_rgb, square
+from shards.images import list_images, read_bytes
 from shards.order import permutation
 from training.checkpoint import CheckpointError
 from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
@@ -21,7 +21,7 @@ SIDE = 224
 
 
 def show_parts(config: LearnConfig) -> None:
-    """Draw the picture of a finished run where it has none, and say where it is and what comes next.
+    """Draw the image of a finished run where it has none, and say where it is and what comes next.
 
     One that cannot be drawn, since photographs or encoder have moved, is told of on stderr: the parts are learned.
     """
@@ -36,11 +36,11 @@ def show_parts(config: LearnConfig) -> None:
 
 
 def draw_parts(config: LearnConfig) -> None:
-    """Write `parts.png` into the run folder: centre squares of ROWS of its pictures, drawn by its seed, how near to
+    """Write `parts.png` into the run folder: centre squares of ROWS of its images, drawn by its seed, how near to
     the best each cell ranks in foreground, and its part; the background dark, a colour the same part in every row.
 
     Raises:
-        OSError, ValueError, CheckpointError: Pictures or encoder are no longer where they were.
+        OSError, ValueError, CheckpointError: Images or encoder are no longer where they were.
     """
     run = config.run
     labeller = Labeller(run.out, device=pick_device(run.device), precision=run.precision)
@@ -52,15 +52,15 @@ def draw_parts(config: LearnConfig) -> None:
         tinted(images, labels.parts, 1 + labeller.learner.shape.parts),
     ]
     buffer = io.BytesIO()
-    assemble(("picture", "foreground", "parts"), columns).save(buffer, "PNG")
+    assemble(("image", "foreground", "parts"), columns).save(buffer, "PNG")
     write_whole(run.out / "parts.png", buffer.getvalue())
 
 
 def _squares(config: LearnConfig) -> Iterator[Image.Image]:
-    """Of pictures that can be read; the others were named when they were learned from."""
-    pictures = list_pictures(config.images).pictures
-    for index in permutation(len(pictures), seed=config.seed, epoch=0):
+    """Of images that can be read; the others were named when they were learned from."""
+    images = list_images(config.images).images
+    for index in permutation(len(images), seed=config.seed, epoch=0):
         try:
-            yield square(decode_rgb(read_bytes(pictures[index])), SIDE)[0]
-        except (PictureError, OSError):
+            yield square(decode_rgb(read_bytes(images[index])), SIDE)[0]
+        except (ImageError, OSError):
             continue

@@ -1,4 +1,4 @@
-"""One picture that shows the whole method: pictures, parts, foreground, masks as training goes on, reconstructions."""
+"""One image that shows the whole method: images, parts, foreground, masks as training goes on, reconstructions."""
 
 import io
 from pathlib import Path
@@ -18,11 +18,11 @@ from training.checkpoint import find, load_tensors
 from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
 
 HIDDEN = 235
-COLUMNS = ("picture", "parts", "foreground", "mask at 0 %", "at 50 %", "at 100 %", "rebuilt (0 %)", "rebuilt (100 %)")
+COLUMNS = ("image", "parts", "foreground", "mask at 0 %", "at 50 %", "at 100 %", "rebuilt (0 %)", "rebuilt (100 %)")
 
 
 def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
-    """Write the sheet of a pretraining run to `path` (PNG), on pictures of `shards` drawn by `seed`."""
+    """Write the sheet of a pretraining run to `path` (PNG), on images of `shards` drawn by `seed`."""
     config, batch = _config(run), _pick(shards, seed)
     model = build(config, shards.size).eval()
     model.load_state_dict(load_tensors(find(run))[0])
@@ -35,8 +35,8 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
     def rebuilt(masked: Masked) -> np.ndarray:
-        picture = model.reconstruct(pixels, masked.ids_visible, masked.ids_hidden) * std + mean
-        return (picture.permute(0, 2, 3, 1).numpy() * 255).clip(0, 255)
+        image = model.reconstruct(pixels, masked.ids_visible, masked.ids_hidden) * std + mean
+        return (image.permute(0, 2, 3, 1).numpy() * 255).clip(0, 255)
 
     columns = [
         images,

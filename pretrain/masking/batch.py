@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """One step's pictures and which of their patches are seen. Patches of neither list take no part."""
+    """One step's images and which of their patches are seen. Patches of neither list take no part."""
 
     images: UInt8[Tensor, "batch height width 3"]
     ids_visible: Int64[Tensor, "batch visible"]
@@ -30,7 +30,7 @@ class Masked:
 def mask_batch(
     batch: Batch, config: PretrainConfig, *, side: int, groups: int, alpha: float, device: torch.device = CPU
 ) -> Masked:
-    """Keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, picture, purpose).
+    """Keep the best patches in foreground, and mask; every draw keyed by (seed, epoch, image, purpose).
 
     Args:
         device: Where the masks are computed and stay; the same masks anywhere. The images stay where they are.

@@ -1,6 +1,6 @@
 """Which patches are hidden: functions of labels and noise, with the same count in every row.
 
-Randomness enters as numbers. Keyed by (seed, epoch, picture), they give a picture the same mask on any number of
+Randomness enters as numbers. Keyed by (seed, epoch, image), they give an image the same mask on any number of
 ranks, in any order and after any resume.
 """
 
@@ -56,7 +56,7 @@ def masked_per_part(
         num2 = min(n, max(0, M - sum of the parts before it))    whole parts in `order`    (lines 2 to 6)
         num  = (1 - alpha) · num1 + alpha · num2                                           (line 8)
 
-    The paper rounds, and its counts then miss the budget in every other picture. Here the floors are kept and the
+    The paper rounds, and its counts then miss the budget in every other image. Here the floors are kept and the
     largest remainders get one more, ties to the lower part: num <= n and only num < n has a remainder, so no part
     overflows.
     """

@@ -41,7 +41,7 @@ def squares(encoder, count: int = 2) -> torch.Tensor:
 
 
 @torch.no_grad()
-def timms_own(encoder, pictures, mask=None):
+def timms_own(encoder, images, mask=None):
     """Tokens of timm's forward, what norm1 of the chosen block gives there, and the last block's full attention."""
     seen, last = {}, encoder.model.blocks[-1].attn
     last.fused_attn = False
@@ -49,7 +49,7 @@ def timms_own(encoder, pictures, mask=None):
         encoder.model.blocks[encoder.block].norm1.register_forward_hook(lambda *call: seen.update(block=call[2])),
         last.attn_drop.register_forward_hook(lambda *call: seen.update(attention=call[2])),
     ]
-    tokens = encoder.model.forward_features(encoder.normalised(pictures), attn_mask=mask)
+    tokens = encoder.model.forward_features(encoder.normalised(images), attn_mask=mask)
     for hook in hooks:
         hook.remove()
     return tokens, seen["block"], seen["attention"]
@@ -62,11 +62,11 @@ def close(ours, theirs) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_and_class_attention_are_timms_own_without_the_registers(name, files):
     encoder = load_encoder(files[name], grid=GRID, block=7, precision="fp32")
-    pictures, prefix = squares(encoder), encoder.model.num_prefix_tokens
+    images, prefix = squares(encoder), encoder.model.num_prefix_tokens
 
-    ours = encoder(pictures)
+    ours = encoder(images)
 
-    tokens, block, attention = timms_own(encoder, pictures)
+    tokens, block, attention = timms_own(encoder, images)
     assert prefix == (1 if name == MIXED else 5)
     assert close(ours.class_token, tokens[:, 0])
     assert close(ours.patch_tokens, tokens[:, prefix:])
@@ -78,15 +78,15 @@ def test_tokens_and_class_attention_are_timms_own_without_the_registers(name, fi
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_patches_are_encoded_as_if_the_others_could_not_be_read(name, files):
     encoder = load_encoder(files[name], grid=GRID, precision="fp32")
-    pictures, prefix = squares(encoder), encoder.model.num_prefix_tokens
+    images, prefix = squares(encoder), encoder.model.num_prefix_tokens
     ids_keep = torch.stack([torch.tensor([7, 2, 11, 0, 14]), torch.tensor([3, 15, 4, 9, 8])])
     readable = torch.zeros(2, 1, 1, prefix + GRID**2, dtype=torch.bool)
     readable[..., :prefix] = True
     readable[:, 0, 0].scatter_(1, prefix + ids_keep, True)
 
-    ours = encoder(pictures, ids_keep)
+    ours = encoder(images, ids_keep)
 
-    tokens, block, attention = timms_own(encoder, pictures, readable.expand(-1, -1, readable.shape[-1], -1))
+    tokens, block, attention = timms_own(encoder, images, readable.expand(-1, -1, readable.shape[-1], -1))
     rows = torch.arange(2)[:, None]
     assert close(ours.class_token, tokens[:, 0])
     assert close(ours.patch_tokens, tokens[rows, prefix + ids_keep])

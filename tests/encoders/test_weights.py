@@ -174,11 +174,11 @@ def test_positions_keep_their_prefix_and_stay_put_on_their_own_grid():
 
 def test_encoder_outputs_are_timms_own():
     encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
-    pictures = images(64, 2)
+    pixels = images(64, 2)
 
-    tokens = encoder(pictures)
+    tokens = encoder(pixels)
 
-    expected = encoder.model.forward_features(encoder.normalised(pictures))
+    expected = encoder.model.forward_features(encoder.normalised(pixels))
     assert torch.allclose(tokens.class_token, expected[:, 0], atol=1e-5)
     assert torch.allclose(tokens.patch_tokens, expected[:, 1:], atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_class_attention_is_the_class_row_of_the_full_attention():
 
 def test_with_kept_patches_only_those_are_computed():
     encoder = load_encoder("random:vit_tiny_patch16_224", size=64, precision="fp32")
-    pictures, everything = images(64, 2), torch.arange(16).expand(2, -1)
+    pixels, everything = images(64, 2), torch.arange(16).expand(2, -1)
 
-    assert torch.allclose(encoder(pictures, everything).patch_tokens, encoder(pictures).patch_tokens, atol=1e-5)
-    assert encoder(pictures, everything[:, :5]).patch_tokens.shape == (2, 5, 192)
+    assert torch.allclose(encoder(pixels, everything).patch_tokens, encoder(pixels).patch_tokens, atol=1e-5)
+    assert encoder(pixels, everything[:, :5]).patch_tokens.shape == (2, 5, 192)

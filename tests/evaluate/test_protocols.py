@@ -40,7 +40,7 @@ def test_votes_are_those_of_a_slow_loop_whatever_the_chunk(neighbours):
     assert torch.allclose(votes, slow, rtol=1e-4, atol=1e-6)
 
 
-def test_of_equally_near_pictures_the_earlier_one_votes():
+def test_of_equally_near_images_the_earlier_one_votes():
     train = torch.tensor([[0.0, 1.0]] + [[1.0, 0.0]] * 9)
     labels = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1, 1, 1])
 
@@ -101,7 +101,7 @@ def test_the_learning_rate_scales_with_the_batch():
     assert batch_and_peak(1_281_167, None, 0.1) == (16384, pytest.approx(6.4))
     assert batch_and_peak(1_281_167, 512, 0.1) == (512, pytest.approx(0.2))
     assert batch_and_peak(1000, None, 0.1) == (256, pytest.approx(6.4))
-    with pytest.raises(ValueError, match="at least 2 training pictures"):
+    with pytest.raises(ValueError, match="at least 2 training images"):
         batch_and_peak(1, None, 0.1)
 
 

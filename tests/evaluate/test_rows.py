@@ -1,4 +1,4 @@
-"""From pictures and an encoder to rows on disk."""
+"""From images and an encoder to rows on disk."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes, red and blue, six pictures each."""
+    """Two classes, red and blue, six images each."""
     folder = tmp_path / "photos"
     for number in range(12):
         place = folder / ("red", "blue")[number % 2]
@@ -118,7 +118,7 @@ def test_a_test_split_is_matched_by_class_names(checkpoint, photos, tmp_path):
     test = tmp_path / "test"
     for name in ("red", "blue"):
         (test / name).mkdir(parents=True)
-        next((photos / name).iterdir()).rename(test / name / "picture.png")
+        next((photos / name).iterdir()).rename(test / name / "image.png")
     where = {"checkpoint": str(checkpoint), "images": str(photos), "device": "cpu", "pool": "mean"}
 
     found = train_and_test(KnnConfig(val_images=str(test), **where))
@@ -129,31 +129,31 @@ def test_a_test_split_is_matched_by_class_names(checkpoint, photos, tmp_path):
         train_and_test(KnnConfig(val_images=str(test), **where))
 
 
-def test_unreadable_pictures_are_left_out_and_counted(checkpoint, photos, capsys):
-    (photos / "red" / "torn.png").write_bytes(b"no picture")
+def test_unreadable_images_are_left_out_and_counted(checkpoint, photos, capsys):
+    (photos / "red" / "torn.png").write_bytes(b"no image")
     encoder = load_encoder(f"run:{checkpoint}", device=torch.device("cpu"))
 
     features, labels = extract_features(encoder, load_split("", str(photos)), batch_size=5)
 
     assert features.shape == (12, 16)
     assert len(labels) == 12
-    assert "1 of 13 pictures" in capsys.readouterr().err
+    assert "1 of 13 images" in capsys.readouterr().err
 
 
-def test_pictures_without_classes_are_refused(photos, make_shards):
+def test_images_without_classes_are_refused(photos, make_shards):
     with pytest.raises(ValueError, match="have no class"):
         load_split("", str(photos / "red"))
     with pytest.raises(ValueError, match="have no class"):
         load_split(str(make_shards(count=4, classes=0).path), "")
 
 
-def test_every_fifth_picture_is_held_out_whatever_the_order():
+def test_every_fifth_image_is_held_out_whatever_the_order():
     held = held_out(50, seed=1)
 
     assert held.sum() == 10
     assert torch.equal(held, held_out(50, seed=1))
     assert not torch.equal(held, held_out(50, seed=2))
-    with pytest.raises(ValueError, match="at least 5 pictures, got 4"):
+    with pytest.raises(ValueError, match="at least 5 images, got 4"):
         held_out(4, seed=0)
 
 

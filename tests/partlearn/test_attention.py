@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from encoders.load import load_encoder
 from encoders.whitening import centred_tokens
 from partlearn.attention import PartAttention, balanced, part_maps
-from partlearn.decoder import PictureDecoder, blur
+from partlearn.decoder import ImageDecoder, blur
 from partlearn.foreground import border_cells, border_distance, foreground_rank
 from partlearn.kmeans import spherical_kmeans
 from partlearn.losses import balance_loss, diversity_loss, feature_loss
@@ -113,7 +113,7 @@ def test_the_argmax_over_positions_is_that_of_the_maps():
     assert torch.equal(balanced(logits, "positions", inside).argmax(1), maps.argmax(1))
 
 
-def test_centred_tokens_do_not_change_when_a_picture_shifts_as_a_whole():
+def test_centred_tokens_do_not_change_when_a_image_shifts_as_a_whole():
     tokens, inside = torch.randn(2, 9, 4), everywhere(2, 9)
 
     shifted = centred_tokens(tokens + torch.randn(2, 1, 4), inside)
@@ -159,7 +159,7 @@ def test_the_blur_keeps_constants_and_column_sums():
 
 @pytest.mark.parametrize(("grid", "size"), [(7, 28), (28, 112), (4, 4)])
 def test_the_decoder_rebuilds_at_its_size_and_looks_at_the_class_token(grid, size):
-    decoder, maps = PictureDecoder(16, 3, grid=grid, size=size), torch.rand(2, 3, grid, grid)
+    decoder, maps = ImageDecoder(16, 3, grid=grid, size=size), torch.rand(2, 3, grid, grid)
 
     first, second = decoder(maps, torch.randn(2, 16)), decoder(maps, torch.randn(2, 16))
 

@@ -10,7 +10,7 @@ from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, look_again
 from partlearn.crops import CROP_SCALE, Views
-from shards.images import list_pictures
+from shards.images import list_images
 from training.augment import random_boxes
 from training.config import RunConfig
 
@@ -87,7 +87,7 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
     config = LearnConfig(images=images, encoder="x", grid=4, steps=1, consistency=1.0, batch_size=6, run=run)
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
 
-    with closing(Views(config, encoder, list_pictures(images)).batches(step=0)) as batches:
+    with closing(Views(config, encoder, list_images(images)).batches(step=0)) as batches:
         again = next(batches).again
 
     first = random_boxes(6, scale=CROP_SCALE, generator=torch.Generator().manual_seed(0))

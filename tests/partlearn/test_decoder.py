@@ -14,12 +14,12 @@ from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.crops import View, Views
-from partlearn.decoder import AdaIN, PictureDecoder
+from partlearn.decoder import AdaIN, ImageDecoder
 from partlearn.initialise import start
 from partlearn.learner import PartLearner, load_learner
 from partlearn.losses import pixel_loss
 from partlearn.train import _loss, learn, new_learner
-from shards.images import list_pictures
+from shards.images import list_images
 from training.config import RunConfig
 
 
@@ -27,7 +27,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_adain_starts_as_a_normalisation_of_each_channel_of_each_picture():
+def test_adain_starts_as_a_normalisation_of_each_channel_of_each_image():
     x = 3 + 5 * torch.randn(2, 4, 6, 6, generator=seeded()) * torch.tensor([1.0, 0.2])[:, None, None, None]
 
     y = AdaIN(8, 4)(x, torch.zeros(2, 8))
@@ -55,27 +55,27 @@ def test_adain_is_eq_3_written_out():
     y = adain(x, class_token).detach().numpy()
 
     weight, bias = (tensor.detach().numpy() for tensor in (adain.style.weight, adain.style.bias))
-    for picture in range(2):
-        style = weight @ class_token[picture].numpy() + bias
+    for image in range(2):
+        style = weight @ class_token[image].numpy() + bias
         for channel in range(3):
-            own = x[picture, channel].numpy()
+            own = x[image, channel].numpy()
             scale, shift = style[channel], style[3 + channel]
             expected = scale * (own - own.mean()) / np.sqrt(own.var() + 1e-5) + shift
-            assert y[picture, channel] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert y[image, channel] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_the_decoder_reads_maps_and_class_token_of_the_same_picture():
-    """Pictures whose shapes are in the maps and whose colours are in the class token; either of another is worse."""
+def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
+    """Images whose shapes are in the maps and whose colours are in the class token; either of another is worse."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = PictureDecoder(6, 3, grid=8, size=8)
+        decoder = ImageDecoder(6, 3, grid=8, size=8)
         maps = (4 * torch.randn(6, 3, 4, 4)).softmax(dim=1).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         class_token, colours = torch.eye(6), torch.randn(6, 3, 3)
-    pictures = torch.einsum("bnhw,bnc->bchw", maps, colours)
+    images = torch.einsum("bnhw,bnc->bchw", maps, colours)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
 
     def loss(maps: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
-        return pixel_loss(decoder(maps, class_token), pictures)
+        return pixel_loss(decoder(maps, class_token), images)
 
     with torch.no_grad():
         before, fresh = loss(maps, class_token).item(), decoder(maps, class_token)
@@ -98,13 +98,13 @@ FORMS = {"default": {}, "paper": {"paper": True, "decoder_size": 8}}
 
 def at_work(form: str, folder: Path) -> tuple[PartLearner, LearnConfig, Encoder, View]:
     """A learner some way from its start, where products with zeros would hide gradients, and a batch."""
-    pictures = photographs(folder / "photos", 4)
+    images = photographs(folder / "photos", 4)
     run = RunConfig(out=folder / "run", device="cpu", precision="fp32")
     settings: dict[str, Any] = {"grid": 4, "parts": 3, "views": 1, "batch_size": 4} | FORMS[form]
-    config = LearnConfig(images=str(pictures), encoder="random:vit_tiny_patch16_224", run=run, **settings)
+    config = LearnConfig(images=str(images), encoder="random:vit_tiny_patch16_224", run=run, **settings)
     encoder = load_encoder(config.encoder, grid=4, precision="fp32")
     encoder.model.requires_grad_(True)  # were it not frozen by how it is called, gradients would reach it
-    views = Views(config, encoder, list_pictures(pictures))
+    views = Views(config, encoder, list_images(images))
     learner = new_learner(config, encoder)
     start(learner, config, encoder, views)
     with torch.no_grad():
@@ -150,7 +150,7 @@ EVERYWHERE = {
 def test_labels_of_a_mirror_image_are_the_mirrored_labels(changes, tmp_path):
     oracle = Oracle(noise=0.0)
     config = LearnConfig(
-        images=str(painted(tmp_path / "pictures", 12)),
+        images=str(painted(tmp_path / "images", 12)),
         encoder="oracle",
         grid=GRID,
         parts=PARTS,
@@ -161,7 +161,7 @@ def test_labels_of_a_mirror_image_are_the_mirrored_labels(changes, tmp_path):
     )
     learn(config, encoder=oracle)
     learner, _, _ = load_learner(tmp_path / "run")
-    images = read_all(tmp_path / "pictures")
+    images = read_all(tmp_path / "images")
 
     labels, _ = learner.label(oracle(images))
     mirrored, _ = learner.label(oracle(images.flip(2)))

@@ -15,7 +15,7 @@ def unit_tokens(seed: int, cells: int = 9, dim: int = 5) -> torch.Tensor:
 
 
 def walked(tokens: np.ndarray, inside: np.ndarray, rounds: int) -> np.ndarray:
-    """The slow twin: one picture, one cell at a time."""
+    """The slow twin: one image, one cell at a time."""
     cells = len(tokens)
     walk = np.zeros((cells, cells))
     for p in range(cells):
@@ -37,9 +37,9 @@ def test_diffusion_is_a_random_walk_over_inside_cells(seed, rounds, outside):
 
     found = diffused(tokens, inside, rounds)
 
-    for picture in range(2):
-        expected = walked(tokens[picture].double().numpy(), inside[picture].numpy(), rounds)
-        assert np.allclose(found[picture].numpy(), expected, atol=1e-4)
+    for image in range(2):
+        expected = walked(tokens[image].double().numpy(), inside[image].numpy(), rounds)
+        assert np.allclose(found[image].numpy(), expected, atol=1e-4)
 
 
 def test_no_rounds_change_nothing():

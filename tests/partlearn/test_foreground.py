@@ -25,7 +25,7 @@ SIDE, DIM = 12, 16
 
 
 def scene(*, apart: float) -> tuple[Tokens, torch.Tensor]:
-    """Four pictures with a square object, its tokens `apart` away from the ground's."""
+    """Four images with a square object, its tokens `apart` away from the ground's."""
     generator = torch.Generator().manual_seed(0)
     ground, thing = F.normalize(torch.randn(2, DIM, generator=generator), dim=1)
     inside = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
@@ -48,7 +48,7 @@ def test_every_scorer_puts_the_object_first(scorer):
 
 
 def test_contrast_forgives_a_border_that_a_few_odd_cells_spoil():
-    """Four corner tokens of one large direction, as ViTs keep sums of the picture there."""
+    """Four corner tokens of one large direction, as ViTs keep sums of the image there."""
     tokens, cells = scene(apart=1.0)
     odd = torch.zeros(tokens.patch_tokens.shape[2])
     odd[0] = 3.0

@@ -30,7 +30,7 @@ def test_a_part_that_vanished_is_named_with_its_share():
 
 
 def test_a_part_is_held_against_an_even_share_and_not_against_one_percent():
-    """128 parts of eight cells each, in a picture of 32 x 32."""
+    """128 parts of eight cells each, in an image of 32 x 32."""
     rows, cols = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     even = (8 * (rows // 2) + cols // 4).flatten().expand(2, -1)
     cells = torch.ones(2, 32**2, dtype=torch.bool)
@@ -55,7 +55,7 @@ def test_where_no_step_was_taken_no_weight_of_the_loss_is_the_remedy():
 
 
 def test_a_part_that_takes_all_is_told():
-    assert "the largest part covers 100% of a picture's cells" in said(maps_of(torch.zeros(2, 64, dtype=torch.int64)))
+    assert "the largest part covers 100% of an image's cells" in said(maps_of(torch.zeros(2, 64, dtype=torch.int64)))
 
 
 def test_equal_maps_are_told():

@@ -14,10 +14,10 @@ from training.config import RunConfig
 
 
 def learned_ari(folder: Path, *, shuffled: bool = False, **changes: Any) -> float:
-    """Pooled ARI of the labels inside the true foreground, on pictures as they are."""
+    """Pooled ARI of the labels inside the true foreground, on images as they are."""
     oracle = Oracle(shuffled=shuffled)
     config = LearnConfig(
-        images=str(painted(folder / "pictures", 48)),
+        images=str(painted(folder / "images", 48)),
         encoder="oracle",
         grid=GRID,
         parts=PARTS,
@@ -28,7 +28,7 @@ def learned_ari(folder: Path, *, shuffled: bool = False, **changes: Any) -> floa
     )
     learn(config, encoder=oracle)
     learner, _, _ = load_learner(folder / "run")
-    images = read_all(folder / "pictures")
+    images = read_all(folder / "images")
     true = oracle.parts_of(images)
     labels, _ = learner.label(oracle(images))
     return ari(labels[true > 0].numpy(), true[true > 0].numpy())

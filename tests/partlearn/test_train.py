@@ -74,7 +74,7 @@ def test_the_kmeans_start_reads_each_of_its_fresh_views_once(photos, tmp_path):
 
     learn(settings, encoder=encoder)
 
-    assert sum(seen) == 6 + 6  # the pictures of the start, and one batch for the report
+    assert sum(seen) == 6 + 6  # the images of the start, and one batch for the report
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
     assert parts.max() < 3
 
 
-def test_a_corrupt_picture_is_named_once(tmp_path, capsys):
+def test_a_corrupt_image_is_named_once(tmp_path, capsys):
     folder = photographs(tmp_path / "photos", 5)
-    (folder / "torn.jpg").write_bytes(b"no picture")
+    (folder / "torn.jpg").write_bytes(b"no image")
 
     learn(config(folder, tmp_path / "run", views=0, steps=4))
 
-    assert capsys.readouterr().err.count("torn.jpg cannot be read (not a picture") == 1
+    assert capsys.readouterr().err.count("torn.jpg cannot be read (not an image") == 1
 
 
 @pytest.mark.parametrize("name", ["heds", "smal"])
@@ -189,7 +189,7 @@ def test_every_loss_trains_what_it_reaches(changes, photos, tmp_path):
     assert ("unlike" in report) == (chosen.consistency > 0)
 
 
-def test_a_style_that_may_know_nothing_is_the_same_for_every_picture(photos, tmp_path):
+def test_a_style_that_may_know_nothing_is_the_same_for_every_image(photos, tmp_path):
     """Its weights on the class token get no gradient: they only decay."""
     for style in ("class", "nothing"):
         learn(config(photos, tmp_path / style, **LITERAL, style=style))
@@ -223,7 +223,7 @@ def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_
     assert {"parts_used", "speckle"} <= set(report)
     (line,) = read_metrics(tmp_path / "run")
     assert line.pop("step") == 0
-    assert line == {name: report[name] for name in report if name not in ("steps", "pictures", "encoder")}
+    assert line == {name: report[name] for name in report if name not in ("steps", "images", "encoder")}
     assert Labeller(tmp_path / "run").groups == 4
 
 

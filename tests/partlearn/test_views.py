@@ -1,4 +1,4 @@
-"""Batches of pictures, crops and colours."""
+"""Batches of images, crops and colours."""
 
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,8 @@ from PIL import Image
 from reference.distillation import bilinear
 from torch.nn import functional as F
 
-from shards.image_batches import PictureBatches
-from shards.images import list_pictures
+from shards.image_batches import ImageBatches
+from shards.images import list_images
 from training.augment import crop, jitter_colour, random_boxes
 from training.block_masks import block_masks
 
@@ -26,37 +26,37 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Seven pictures, each of one grey level, 20 times its number."""
+def listed(tmp_path):
+    """Seven images, each of one grey level, 20 times its number."""
     for number in range(7):
         Image.new("RGB", (30, 20), (20 * number,) * 3).save(tmp_path / f"{number}.png")
-    return list_pictures(tmp_path)
+    return list_images(tmp_path)
 
 
-def taken(pictures, count, **settings):
-    with PictureBatches(pictures, size=16, batch_size=3, seed=5, **settings) as batches:
+def taken(listed, count, **settings):
+    with ImageBatches(listed, size=16, batch_size=3, seed=5, **settings) as batches:
         return list(islice(batches, count))
 
 
-def test_starting_at_a_step_gives_the_batches_that_followed_it(pictures):
-    whole = taken(pictures, 6, threads=1)
+def test_starting_at_a_step_gives_the_batches_that_followed_it(listed):
+    whole = taken(listed, 6, threads=1)
 
-    rest = taken(pictures, 3, step=3, threads=3)
+    rest = taken(listed, 3, step=3, threads=3)
 
     for (images, indices), (later_images, later_indices) in zip(whole[3:], rest, strict=True):
         assert torch.equal(images, later_images)
         assert torch.equal(indices, later_indices)
 
 
-def test_every_picture_comes_once_an_epoch(pictures):
-    indices = torch.cat([indices for _, indices in taken(pictures, 7)])
+def test_every_image_comes_once_an_epoch(listed):
+    indices = torch.cat([indices for _, indices in taken(listed, 7)])
 
     for epoch in indices.split(7):
         assert sorted(epoch.tolist()) == list(range(7))
 
 
-def test_pictures_are_the_ones_their_indices_name(pictures):
-    for images, indices in taken(pictures, 3):
+def test_images_are_the_ones_their_indices_name(listed):
+    for images, indices in taken(listed, 3):
         assert images.dtype == torch.uint8
         assert images.shape == (3, 16, 16, 3)
         assert (images == 20 * indices[:, None, None, None]).all()
@@ -66,38 +66,38 @@ def test_the_square_moves_along_the_long_side(tmp_path):
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (20, 200))
     Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
 
-    with PictureBatches(list_pictures(tmp_path), size=20, batch_size=8, seed=0) as batches:
+    with ImageBatches(list_images(tmp_path), size=20, batch_size=8, seed=0) as batches:
         images, _ = next(iter(batches))
 
     assert len({int(image[0, 0, 0]) for image in images}) > 4
 
 
-def test_an_unreadable_picture_is_replaced_by_the_next_and_told_once_a_process(pictures, capfd):
-    Path(pictures.pictures[2].location).write_bytes(b"no picture")
+def test_an_unreadable_image_is_replaced_by_the_next_and_told_once_a_process(listed, capfd):
+    Path(listed.images[2].location).write_bytes(b"no image")
 
-    indices = torch.cat([indices for _, indices in taken(pictures, 14)])
-    taken(pictures, 3)
+    indices = torch.cat([indices for _, indices in taken(listed, 14)])
+    taken(listed, 3)
 
     for epoch in indices.split(7):
         assert sorted(epoch.tolist()) == [0, 1, 3, 3, 4, 5, 6]
     assert capfd.readouterr().err.count("2.png cannot be read") == 1
 
 
-def test_nothing_but_unreadable_pictures_is_an_error(pictures):
-    for picture in pictures.pictures:
-        Path(picture.location).write_bytes(b"no picture")
+def test_nothing_but_unreadable_images_is_an_error(listed):
+    for image in listed.images:
+        Path(image.location).write_bytes(b"no image")
 
-    with pytest.raises(ValueError, match="none of the 7 pictures can be read"):
-        taken(pictures, 1)
+    with pytest.raises(ValueError, match="none of the 7 images can be read"):
+        taken(listed, 1)
 
 
-def test_the_whole_picture_at_its_own_size_is_itself():
+def test_the_whole_image_at_its_own_size_is_itself():
     images = torch.rand(1, 3, 12, 12)
 
     assert torch.allclose(crop(images, WHOLE, 12, UPRIGHT), images, atol=1e-5)
 
 
-def test_the_whole_picture_at_a_larger_size_is_torchs_resize():
+def test_the_whole_image_at_a_larger_size_is_torchs_resize():
     images = torch.rand(1, 3, 12, 12)
 
     resized = F.interpolate(images, size=20, mode="bilinear", align_corners=False)
@@ -125,7 +125,7 @@ def test_a_crop_is_bilinear_samples_of_its_box(seed):
             assert cropped[b, 1, row, column].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_picture_shrunk_a_lot_keeps_its_mean():
+def test_a_image_shrunk_a_lot_keeps_its_mean():
     images = (torch.rand(1, 3, 256, 256, generator=seeded()) > 0.5).float()
 
     small = crop(images, WHOLE, 16, UPRIGHT)
@@ -160,7 +160,7 @@ def test_masks_come_in_blocks():
     assert neighbour_hidden > 0.6  # 0.3 if patches were hidden one by one
 
 
-def test_colours_keep_their_range_and_each_picture_has_its_own():
+def test_colours_keep_their_range_and_each_image_has_its_own():
     images = torch.rand(1, 3, 8, 8).expand(32, -1, -1, -1)
 
     jittered = jitter_colour(images, strength=0.4, generator=seeded())

@@ -71,13 +71,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(parts, tmp_path):
 
 def test_the_unreadable_are_listed_and_the_rest_is_processed(parts, tmp_path):
     photos = photographs(tmp_path / "photos", 5)
-    picture = Image.open(photos / "000.jpg")
-    picture.convert("CMYK").save(photos / "cmyk.jpg")
-    picture.convert("L").save(photos / "grey.jpg")
-    picture.save(photos / "png_named.jpg", "PNG")
+    image = Image.open(photos / "000.jpg")
+    image.convert("CMYK").save(photos / "cmyk.jpg")
+    image.convert("L").save(photos / "grey.jpg")
+    image.save(photos / "png_named.jpg", "PNG")
     Image.fromarray(np.full((40, 48), 30_000, np.uint16)).save(photos / "deep.png")
     (photos / "truncated.jpg").write_bytes((photos / "001.jpg").read_bytes()[:300])
-    (photos / "text.jpg").write_text("no picture at all")
+    (photos / "text.jpg").write_text("no image at all")
     (photos / "notes.txt").write_text("not even named like one")
 
     info = extract(config(photos, parts, tmp_path / "out"))
@@ -91,19 +91,19 @@ def test_the_unreadable_are_listed_and_the_rest_is_processed(parts, tmp_path):
     assert verify(tmp_path / "out", "deep") == []
 
 
-def test_an_outage_does_not_pass_for_a_set_of_few_pictures(parts, tmp_path):
+def test_an_outage_does_not_pass_for_a_set_of_few_images(parts, tmp_path):
     photos, out = photographs(tmp_path / "photos", 14), tmp_path / "out"
     for number in range(11):
         (photos / f"{number:03d}.jpg").write_bytes(b"")
 
-    with pytest.raises(ShardError, match=r"11 of 14 pictures could not be read, the first, .*--max-rejects"):
+    with pytest.raises(ShardError, match=r"11 of 14 images could not be read, the first, .*--max-rejects"):
         extract(config(photos, parts, out))
 
     assert not (out / "dataset.json").exists()
     assert extract(config(photos, parts, out, max_rejects=0.8))["rejected"] == 11
 
 
-def test_other_pictures_of_the_same_names_are_refused_in_the_same_folder(parts, tmp_path):
+def test_other_images_of_the_same_names_are_refused_in_the_same_folder(parts, tmp_path):
     photos, out = photographs(tmp_path / "photos", 3), tmp_path / "out"
     extract(config(photos, parts, out))
     (tmp_path / "others").mkdir()

@@ -53,9 +53,9 @@ def other_parts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Eleven in two classes, and one that is cut short."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     photographs(folder / "cat", 6)
     photographs(folder / "dog", 6)
     whole = (folder / "dog/002.jpg").read_bytes()
@@ -64,10 +64,10 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, pictures, learned) -> Path:
+def base(tmp_path_factory, images, learned) -> Path:
     """A finished set of three shards."""
     out = tmp_path_factory.mktemp("base") / "set"
-    extract(settings(out, images=str(pictures), parts=learned, size=32, samples_per_shard=4))
+    extract(settings(out, images=str(images), parts=learned, size=32, samples_per_shard=4))
     return out
 
 
@@ -91,15 +91,15 @@ def state_of(folder: Path) -> dict[str, tuple[int, str]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, sha256_file(path)) for path in files}
 
 
-def test_g9_a_label_set_is_aligned_with_its_base_and_holds_no_pictures(base, labels):
+def test_g9_a_label_set_is_aligned_with_its_base_and_holds_no_images(base, labels):
     ours, theirs = read_json(base / "dataset.json"), read_json(labels / "dataset.json")
 
-    with ShardSet.open(base) as pictures, ShardSet.open(labels) as new:
-        assert new.keys == pictures.keys
-        assert new.sources == pictures.sources
-        assert np.array_equal(new.class_ids, pictures.class_ids)
-        assert new.shard_sizes.tolist() == pictures.shard_sizes.tolist()
-        assert (new.groups, new.grid, pictures.groups, pictures.grid) == (6, 8, 4, 4)
+    with ShardSet.open(base) as images, ShardSet.open(labels) as new:
+        assert new.keys == images.keys
+        assert new.sources == images.sources
+        assert np.array_equal(new.class_ids, images.class_ids)
+        assert new.shard_sizes.tolist() == images.shard_sizes.tolist()
+        assert (new.groups, new.grid, images.groups, images.grid) == (6, 8, 4, 4)
     assert theirs["labels_of"] == ours["fingerprint"]
     assert theirs["fingerprint"] != ours["fingerprint"]
     assert (theirs["size"], theirs["classes"], theirs["rejected"]) == (ours["size"], ours["classes"], 0)
@@ -128,14 +128,14 @@ def test_g6_stock_webdataset_reads_a_label_set(labels):
     assert keys == [sample["__key__"] for sample in stock]
 
 
-def test_g9_opened_over_its_base_it_gives_the_pictures_there_and_the_labels_here(base, labels):
+def test_g9_opened_over_its_base_it_gives_the_images_there_and_the_labels_here(base, labels):
     with ShardSet.open(base) as plain, ShardSet.open(labels) as new, ShardSet.open(base, labels=labels) as both:
         assert (both.groups, both.grid, both.size) == (6, 8, 32)
         assert both.identity == f"{plain.fingerprint}+{new.fingerprint}"
         for index in range(len(plain)):
-            picture, seen = plain.read(index), both.read(index, attention=True)
+            image, seen = plain.read(index), both.read(index, attention=True)
             parts, fgrank, attn = new.read_labels(index, attention=True)
-            assert (seen.jpeg, seen.key, seen.class_id) == (picture.jpeg, picture.key, picture.class_id)
+            assert (seen.jpeg, seen.key, seen.class_id) == (image.jpeg, image.key, image.class_id)
             assert np.array_equal(seen.parts, parts)
             assert np.array_equal(seen.fgrank, fgrank)
             assert np.array_equal(seen.attn, attn)
@@ -167,9 +167,9 @@ def test_g9_labels_in_the_set_are_opened_by_name_and_leave_it_as_it_was(mine, le
         assert len(list(islice(Stream(shards, batch_size=4, seed=0), 3))) == 3
 
 
-def test_g9_labels_of_another_set_are_refused_before_the_first_batch(labels, pictures, learned, tmp_path):
+def test_g9_labels_of_another_set_are_refused_before_the_first_batch(labels, images, learned, tmp_path):
     other = tmp_path / "other"
-    extract(settings(other, images=str(pictures / "cat"), parts=learned, size=32, samples_per_shard=4))
+    extract(settings(other, images=str(images / "cat"), parts=learned, size=32, samples_per_shard=4))
 
     with pytest.raises(ValueError, match=r"the labels in .* belong to the shard set [0-9a-f]{64}, .*extract --relabel"):
         ShardSet.open(other, labels=labels)
@@ -188,7 +188,7 @@ def test_labels_that_are_not_there_are_a_sentence(base):
 
 
 def test_labels_alone_cannot_be_streamed_or_relabelled(labels, learned, tmp_path):
-    """A label set given where a set with pictures is meant."""
+    """A label set given where a set with images is meant."""
     with ShardSet.open(labels) as shards, pytest.raises(ValueError, match="holds labels alone"):
         Stream(shards, batch_size=4, seed=0)
     with pytest.raises(ValueError, match="holds labels alone"):
@@ -246,9 +246,9 @@ def test_s7_stored_attention_is_cropped_and_mirrored_with_the_rest(base, labels)
                 assert np.array_equal(batch.parts[row], parts[:, ::-1] if flips[row] else parts)
 
 
-def test_attention_lies_beside_the_pictures_too_and_changes_no_label(base, pictures, learned, tmp_path):
+def test_attention_lies_beside_the_images_too_and_changes_no_label(base, images, learned, tmp_path):
     out = tmp_path / "out"
-    extract(settings(out, images=str(pictures), parts=learned, size=32, samples_per_shard=4, attention=True))
+    extract(settings(out, images=str(images), parts=learned, size=32, samples_per_shard=4, attention=True))
 
     assert verify(out, "deep") == []
     with ShardSet.open(out) as shards, ShardSet.open(base) as plain:
@@ -262,7 +262,7 @@ def test_attention_lies_beside_the_pictures_too_and_changes_no_label(base, pictu
 
 
 def test_g3_a_relabelling_that_is_killed_half_way_ends_with_the_same_bytes(base, labels, other_parts, tmp_path):
-    """Batches of one picture and a look at every file make the kill come between shards."""
+    """Batches of one image and a look at every file make the kill come between shards."""
     out = tmp_path / "killed"
     straight = tmp_path / "straight"
     extract(settings(straight, relabel=base, parts=other_parts, batch_size=1))
@@ -287,8 +287,8 @@ def test_g3_a_relabelling_that_is_killed_half_way_ends_with_the_same_bytes(base,
     assert read_json(out / "dataset.json")["fingerprint"] == read_json(straight / "dataset.json")["fingerprint"]
 
 
-def test_s8_damage_in_a_base_picture_fails_the_relabelling_with_its_name(mine, learned, tmp_path):
-    """No picture may be left without its label, so none is rejected here."""
+def test_s8_damage_in_a_base_image_fails_the_relabelling_with_its_name(mine, learned, tmp_path):
+    """No image may be left without its label, so none is rejected here."""
     key, shard = flip_bit(mine, index=6)
 
     with pytest.raises(SampleError, match=rf"{shard}: jpg of {key} at byte \d+ is damaged"):
@@ -298,7 +298,7 @@ def test_s8_damage_in_a_base_picture_fails_the_relabelling_with_its_name(mine, l
 
 
 def flip_bit(folder: Path, *, index: int) -> tuple[str, str]:
-    """A flipped bit in a picture; its key and shard."""
+    """A flipped bit in an image; its key and shard."""
     with ShardSet.open(folder) as shards:
         row, key = shards.row(index), shards.keys[index]
     tar = folder / f"shards/{row.shard:06d}.tar"
@@ -308,8 +308,8 @@ def flip_bit(folder: Path, *, index: int) -> tuple[str, str]:
     return key, tar.name
 
 
-def test_g2_a_mended_picture_is_taken_in_by_retry_failed_as_if_it_had_always_been_whole(pictures, learned, tmp_path):
-    folder, out = Path(shutil.copytree(pictures, tmp_path / "pictures")), tmp_path / "out"
+def test_g2_a_mended_image_is_taken_in_by_retry_failed_as_if_it_had_always_been_whole(images, learned, tmp_path):
+    folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     options = {"images": str(folder), "parts": learned, "size": 32, "samples_per_shard": 4}
     extract(settings(out, **options))
     rejected = pq.read_table(out / "rejected.parquet").to_pylist()
@@ -334,8 +334,8 @@ def test_g2_a_mended_picture_is_taken_in_by_retry_failed_as_if_it_had_always_bee
     assert verify(out, "deep") == []
 
 
-def test_g4_retry_failed_on_a_set_without_rejects_touches_nothing(pictures, learned, tmp_path):
-    options = {"images": str(pictures / "cat"), "parts": learned, "size": 32, "samples_per_shard": 4}
+def test_g4_retry_failed_on_a_set_without_rejects_touches_nothing(images, learned, tmp_path):
+    options = {"images": str(images / "cat"), "parts": learned, "size": 32, "samples_per_shard": 4}
     extract(settings(tmp_path / "out", **options))
     before = state_of(tmp_path / "out")
 
@@ -417,22 +417,22 @@ def test_g5_a_label_set_is_mended_from_its_base(base, labels, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["a torn parquet of a shard", "a deleted index", "a deleted list of rejects"])
-def test_without_its_pictures_a_set_is_not_mended_and_not_harmed_further(fault, pictures, learned, tmp_path):
-    folder, out = Path(shutil.copytree(pictures, tmp_path / "pictures")), tmp_path / "out"
+def test_without_its_images_a_set_is_not_mended_and_not_harmed_further(fault, images, learned, tmp_path):
+    folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     extract(settings(out, images=str(folder), parts=learned, size=32, samples_per_shard=4))
     HARMS[fault](out)
     harmed = state_of(out)
     shutil.rmtree(folder)
 
-    with pytest.raises(FileNotFoundError, match=f"no pictures at {folder}"):
+    with pytest.raises(FileNotFoundError, match=f"no images at {folder}"):
         repair(out)
 
     assert state_of(out) == harmed
 
 
-def test_a_set_that_comes_out_with_other_bytes_says_so(pictures, learned, tmp_path):
-    """A picture was edited since: the set is whole again, and another."""
-    folder, out = Path(shutil.copytree(pictures, tmp_path / "pictures")), tmp_path / "out"
+def test_a_set_that_comes_out_with_other_bytes_says_so(images, learned, tmp_path):
+    """An image was edited since: the set is whole again, and another."""
+    folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     extract(settings(out, images=str(folder), parts=learned, size=32, samples_per_shard=4))
     (out / "shards/000001.tar").unlink()
     white = io.BytesIO()

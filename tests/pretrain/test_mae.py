@@ -55,7 +55,7 @@ def test_a_patch_is_embedded_wherever_it_stands_in_the_list(model):
 
 
 def test_patches_outside_both_lists_do_not_matter(model):
-    """Keep-quarter: the loss on a quarter is that of any picture which agrees there."""
+    """Keep-quarter: the loss on a quarter is that of any image which agrees there."""
     images, other = torch.randn(2, 2, 3, 32, 32)
     visible, hidden = torch.tensor([[0, 5], [3, 4]]), torch.tensor([[10, 11], [1, 15]])
     mixed = patchify(other, 8)

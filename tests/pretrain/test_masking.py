@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_loop(sizes, ratio, numerator, data):
 
 
 @given(sizes=awkward_sizes, ratio=st.floats(0.05, 0.95), alpha=st.floats(0, 1), seed=st.integers(0, 99))
-def test_every_picture_hides_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
+def test_every_image_hides_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.cat([labels_of(sizes, seed), labels_of(sizes[::-1], seed), torch.zeros(1, sum(sizes)).long()])
 

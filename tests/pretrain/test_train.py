@@ -1,4 +1,4 @@
-"""The loop: stop and resume, any number of ranks, and masks that follow the picture."""
+"""The loop: stop and resume, any number of ranks, and masks that follow the image."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_a_setting_out_of_range_is_a_sentence(field, value, tmp_path):
 
 
 def painted_batch(count: int = 8, grid: int = 4, cell: int = 8) -> Batch:
-    """Pictures painted from their labels: a cell of part k has the grey value 20 k."""
+    """Images painted from their labels: a cell of part k has the grey value 20 k."""
     random = np.random.default_rng(0)
     parts = random.integers(0, 5, (count, grid, grid)).astype(np.uint8)
     images = np.repeat(np.repeat(20 * parts, cell, axis=1), cell, axis=2)[..., None].repeat(3, axis=3)

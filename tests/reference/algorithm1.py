@@ -1,4 +1,4 @@
-"""SemMAE's Algorithm 1 as a loop, one picture at a time, in exact fractions."""
+"""SemMAE's Algorithm 1 as a loop, one image at a time, in exact fractions."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Slow twins of encoders/distill/losses.py and of the crops: loops over pictures, pairs and pixels."""
+"""Slow twins of encoders/distill/losses.py and of the crops: loops over images, pairs and pixels."""
 
 import math
 
@@ -29,7 +29,7 @@ def patch_loss(student, teacher, temperature=0.1):
 
 
 def bilinear(image, x, y):
-    """The value of a (height, width) picture at pixel coordinates whose centres are at .5, edges repeated."""
+    """The value of a (height, width) image at pixel coordinates whose centres are at .5, edges repeated."""
     height, width = image.shape
     x, y = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
     left, top = min(int(x), width - 1), min(int(y), height - 1)

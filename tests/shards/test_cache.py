@@ -47,8 +47,8 @@ def source(request, original) -> str:
 
 
 def upload(folder: Path, store: fs.FileSystem) -> str:
-    fs.copy_files(str(folder), "pictures/set", source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
-    return "s3://pictures/set"
+    fs.copy_files(str(folder), "images/set", source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
+    return "s3://images/set"
 
 
 def two_windows(shards: ShardSet) -> int:
@@ -198,19 +198,19 @@ def test_without_windows_all_shards_must_fit(original, tmp_path):
 
 
 def test_a_remote_set_without_a_stage_is_a_sentence():
-    with pytest.raises(ValueError, match=r"^s3://pictures/set is remote: name with --stage a folder on a local disk"):
-        ShardSet.open("s3://pictures/set")
+    with pytest.raises(ValueError, match=r"^s3://images/set is remote: name with --stage a folder on a local disk"):
+        ShardSet.open("s3://images/set")
 
 
 def test_no_set_at_a_place_is_a_sentence(s3, tmp_path):
-    for nowhere in ("s3://pictures/nowhere", "s3://no-such-bucket/set", str(tmp_path / "nowhere")):
+    for nowhere in ("s3://images/nowhere", "s3://no-such-bucket/set", str(tmp_path / "nowhere")):
         with pytest.raises(FileNotFoundError, match=rf"no whole shard set at {nowhere}: dataset\.json is missing"):
             ShardSet.open(nowhere, stage=tmp_path / "stage")
 
 
 def test_labels_lie_on_a_local_disk(original, tmp_path):
-    with pytest.raises(ValueError, match=r"the labels s3://pictures/labels are remote; copy"):
-        ShardSet.open(original.path, stage=tmp_path, labels="s3://pictures/labels")
+    with pytest.raises(ValueError, match=r"the labels s3://images/labels are remote; copy"):
+        ShardSet.open(original.path, stage=tmp_path, labels="s3://images/labels")
 
 
 @pytest.fixture
@@ -225,12 +225,12 @@ def harmed(tar: Path, at: int = 700) -> None:
     tar.write_bytes(data)
 
 
-@pytest.mark.parametrize("at", [700, -700], ids=["a picture", "the padding at the end"])
+@pytest.mark.parametrize("at", [700, -700], ids=["an image", "the padding at the end"])
 def test_s8_a_damaged_remote_shard_is_named_and_not_kept(at, mine, s3, tmp_path):
     """Its sha256 tells even of bytes that no sample needs."""
     harmed(mine / "shards/000004.tar", at)
     with ShardSet.open(upload(mine, s3), stage=tmp_path / "stage") as staged:
-        with pytest.raises(ShardError, match=r"s3://pictures/set/shards/000004\.tar is damaged: its sha256"):
+        with pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is damaged: its sha256"):
             list(islice(stream(staged), 40))
 
         assert "000004.tar" not in copies(staged)
@@ -242,7 +242,7 @@ def test_s8_a_lost_remote_shard_is_named(mine, s3, tmp_path):
 
     with (
         ShardSet.open(upload(mine, s3), stage=tmp_path / "stage") as staged,
-        pytest.raises(ShardError, match=r"s3://pictures/set/shards/000004\.tar is missing; upload it again"),
+        pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is missing; upload it again"),
     ):
         list(islice(stream(staged), 40))
 
@@ -267,7 +267,7 @@ def test_after_the_store_has_mended_the_same_set_streams_on(mine, original, tmp_
 
 
 def test_a_set_built_anew_at_the_same_place_is_copied_anew(original, tmp_path):
-    """Other pictures, other checksums, and shards of the same names and sizes: old copies must not stand in."""
+    """Other images, other checksums, and shards of the same names and sizes: old copies must not stand in."""
     place, stage = tmp_path / "place", tmp_path / "stage"
     shutil.copytree(original.path, place)
     with ShardSet.open(place, stage=stage) as staged:

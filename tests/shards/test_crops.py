@@ -1,4 +1,4 @@
-"""S6, S7: a picture is cropped and mirrored together with its labels, by draws that belong to the sample alone."""
+"""S6, S7: an image is cropped and mirrored together with its labels, by draws that belong to the sample alone."""
 
 import functools
 import io
@@ -20,14 +20,14 @@ from shards.batches import Batch
 from shards.crops import crop_cells, crop_into, draw_boxes, draw_flips, ranked_anew
 from shards.decode import assert_decoders_agree, decode_jpeg_into, decode_mirrored_into
 from shards.errors import ShardError
-from shards.sample import LabelledPicture
+from shards.sample import LabelledImage
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 
 SIZE, GRID, GROUPS, COUNT = 128, 8, 12, 24
 CELL = SIZE // GRID
 PART_STEP, RANK_STEP = 20, 4
-"""Grey levels from a label to the next in the pictures that are painted from parts, and from ranks."""
+"""Grey levels from a label to the next in the images that are painted from parts, and from ranks."""
 EDGE = 3
 """Pixels from an edge between cells within which bicubic resizing may mix both."""
 
@@ -40,20 +40,20 @@ def jpeg_of(grey: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def painted(what: str, number: int) -> LabelledPicture:
-    """A picture whose cells are grey by their part, or by their rank; its attention is the part's grey as well."""
+def painted(what: str, number: int) -> LabelledImage:
+    """An image whose cells are grey by their part, or by their rank; its attention is the part's grey as well."""
     random = np.random.default_rng(number)
     parts = random.integers(0, GROUPS, (GRID, GRID)).astype(np.uint8)
     fgrank = random.permutation(GRID**2).astype(np.uint16).reshape(GRID, GRID)
     grey = PART_STEP * parts if what == "parts" else RANK_STEP * fgrank
     attn = np.stack([PART_STEP * parts, 255 - PART_STEP * parts])
     box = (0.0, 0.0, float(SIZE), float(SIZE))
-    return LabelledPicture(f"{number:08d}", f"{number}.jpg", -1, jpeg_of(grey), parts, fgrank, SIZE, SIZE, box, attn)
+    return LabelledImage(f"{number:08d}", f"{number}.jpg", -1, jpeg_of(grey), parts, fgrank, SIZE, SIZE, box, attn)
 
 
 @pytest.fixture(scope="module", params=["parts", "ranks"])
 def painted_from(request, tmp_path_factory):
-    """What the pictures of a set are painted from, and the set."""
+    """What the images of a set are painted from, and the set."""
     folder = tmp_path_factory.mktemp("painted") / request.param
     info = {"grid": GRID, "groups": GROUPS, "size": SIZE, "classes": [], "heads": 2}
     write_samples(folder, (painted(request.param, n) for n in range(COUNT)), info, samples_per_shard=8)
@@ -85,7 +85,7 @@ def grey_at_centres(images: np.ndarray) -> np.ndarray:
 
 
 def inside_a_cell(boxes: np.ndarray) -> np.ndarray:
-    """Which cells of cropped pictures look into the inside of a cell of the source, clear of its edges."""
+    """Which cells of cropped images look into the inside of a cell of the source, clear of its edges."""
     clear = []
     for start, extent in ((boxes[:, 1], boxes[:, 3]), (boxes[:, 0], boxes[:, 2])):
         within = (start[:, None] + (np.arange(GRID) + 0.5) / GRID * extent[:, None]) % CELL
@@ -107,7 +107,7 @@ def looked_at(batch: Batch, *, flip: bool, crop_scale: float) -> np.ndarray:
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop_scale", [1.0, 0.6, 0.2])
 def test_s7_a_label_cell_covers_what_it_covered_before(flip, crop_scale, painted_from):
-    """Parts against pictures painted from parts; ranks, which are made anew, by their order in those of ranks."""
+    """Parts against images painted from parts; ranks, which are made anew, by their order in those of ranks."""
     what, shards = painted_from
 
     taken = batches(shards, 4, flip=flip, crop_scale=crop_scale, attention=True)
@@ -132,8 +132,8 @@ def test_s7_a_label_cell_covers_what_it_covered_before(flip, crop_scale, painted
 
 
 @pytest.mark.parametrize("crop_scale", [1.0, 0.2])
-def test_s7_about_half_the_pictures_are_mirrored_and_each_by_its_draw(crop_scale, of_parts):
-    """A picture that the labels follow could still be mirrored always, or never."""
+def test_s7_about_half_the_images_are_mirrored_and_each_by_its_draw(crop_scale, of_parts):
+    """An image that the labels follow could still be mirrored always, or never."""
     (plain,), (mirrored,) = (batches(of_parts, 1, flip=flip, crop_scale=crop_scale) for flip in (False, True))
 
     flips = draw_flips(0, plain.epochs, plain.indices)
@@ -145,7 +145,7 @@ def test_s7_about_half_the_pictures_are_mirrored_and_each_by_its_draw(crop_scale
         assert np.array_equal(one, other)
     assert np.array_equal(plain.images[~flips], mirrored.images[~flips])
     difference = plain.images[flips][:, :, ::-1].astype(int) - mirrored.images[flips]
-    assert np.abs(difference).max() <= (0 if crop_scale == 1 else 2)  # a resized picture is rounded from the left
+    assert np.abs(difference).max() <= (0 if crop_scale == 1 else 2)  # a resized image is rounded from the left
 
 
 @settings(deadline=None)
@@ -251,8 +251,8 @@ def test_boxes_are_drawn_by_torchvisions_law(scale):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        picture = torch.empty(3, size, size)
-        theirs = np.array([RandomResizedCrop.get_params(picture, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
+        image = torch.empty(3, size, size)
+        theirs = np.array([RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
 
     for ours, other in zip(laws(boxes, size), laws(theirs[:, [1, 0, 3, 2]].astype(float), size), strict=True):
         assert np.abs(np.quantile(ours, DECILES) - np.quantile(other, DECILES)).max() < 0.03
@@ -276,7 +276,7 @@ def laws(boxes: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 99), size=st.integers(2, 256), scale=st.floats(0.01, 0.999), first=st.integers(0, 10**6))
-def test_boxes_lie_inside_the_picture_with_their_share_of_area_and_ratio(seed, size, scale, first):
+def test_boxes_lie_inside_the_image_with_their_share_of_area_and_ratio(seed, size, scale, first):
     indices = np.arange(first, first + 50)
 
     boxes = draw_boxes(seed, np.zeros(50, np.int64), indices, size=size, scale=scale)
@@ -333,8 +333,8 @@ def test_mirrored_decoding_into_rows_that_are_not_contiguous(width):
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_a_mirrored_picture_of_another_size_is_refused(mirrored):
-    with pytest.raises(ValueError, match="the picture is 24x16, expected 16x16"):
+def test_a_mirrored_image_of_another_size_is_refused(mirrored):
+    with pytest.raises(ValueError, match="the image is 24x16, expected 16x16"):
         pixels_of(noise_jpeg(16, 24), 16, 16, mirrored=mirrored)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.decode import PictureError, _quiet_pillow, decode_rgb, square
-from shards.images import list_pictures, read_bytes
+from shards.decode import ImageError, _quiet_pillow, decode_rgb, square
+from shards.images import list_images, read_bytes
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -51,7 +51,7 @@ def test_transparent_pixels_lie_over_white():
     assert decode_rgb(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_pictures_come_upright():
+def test_images_come_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
 
@@ -62,14 +62,14 @@ def test_pictures_come_upright():
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"hello", r"not a picture that Pillow knows \(JPEG, PNG, WebP, \.\.\.\)"),
+        (b"hello", r"not an image that Pillow knows \(JPEG, PNG, WebP, \.\.\.\)"),
         (saved(RED, "JPEG")[:200], ".*[Tt]runcated.*"),
         (saved(RED, "PNG")[:45], "image file is truncated"),
     ],
     ids=["empty", "text", "jpeg", "png"],
 )
-def test_what_is_no_whole_picture_has_a_reason_that_is_always_the_same(data, reason):
-    with pytest.raises(PictureError, match=f"^{reason}$"):
+def test_what_is_no_whole_image_has_a_reason_that_is_always_the_same(data, reason):
+    with pytest.raises(ImageError, match=f"^{reason}$"):
         decode_rgb(data)
 
 
@@ -83,10 +83,10 @@ def test_a_broken_exif_does_not_matter():
     assert (image.size, told) == ((12, 8), [])
 
 
-def test_a_decompression_bomb_is_no_picture(monkeypatch):
+def test_a_decompression_bomb_is_no_image(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
 
-    with pytest.raises(PictureError, match="decompression bomb"):
+    with pytest.raises(ImageError, match="decompression bomb"):
         decode_rgb(saved(RED, "PNG"))
 
 
@@ -128,18 +128,18 @@ def put(folder, *names):
         RED.save(path, "PNG" if path.suffix == ".png" else "JPEG")
 
 
-def test_class_folders_a_flat_folder_and_truth_beside_pictures(tmp_path):
+def test_class_folders_a_flat_folder_and_truth_beside_images(tmp_path):
     put(tmp_path / "classes", "cat/b.jpg", "cat/a.JPEG", "dog/c.png")
     put(tmp_path / "flat", "b.jpg", "a.jpg", ".hidden.jpg")
     put(tmp_path / "truth", "images/1.jpg", "labels/1.png")
 
-    classes, flat, truth = (list_pictures(tmp_path / name) for name in ("classes", "flat", "truth"))
+    classes, flat, truth = (list_images(tmp_path / name) for name in ("classes", "flat", "truth"))
 
-    assert [(p.name, p.class_id) for p in classes.pictures] == [("cat/a.JPEG", 0), ("cat/b.jpg", 0), ("dog/c.png", 1)]
+    assert [(p.name, p.class_id) for p in classes.images] == [("cat/a.JPEG", 0), ("cat/b.jpg", 0), ("dog/c.png", 1)]
     assert classes.classes == ("cat", "dog")
-    assert [p.name for p in flat.pictures] == ["a.jpg", "b.jpg"]
+    assert [p.name for p in flat.images] == ["a.jpg", "b.jpg"]
     assert flat.classes == ()
-    assert [p.name for p in truth.pictures] == ["1.jpg"]
+    assert [p.name for p in truth.images] == ["1.jpg"]
 
 
 def test_a_list_file_and_a_tar(tmp_path):
@@ -149,21 +149,21 @@ def test_a_list_file_and_a_tar(tmp_path):
         for name in ("x/1.jpg", "y/2.jpg"):
             tar.add(tmp_path / name, arcname=name)
 
-    text, tar = list_pictures(tmp_path / "list.txt"), list_pictures(tmp_path / "set.tar")
+    text, tar = list_images(tmp_path / "list.txt"), list_images(tmp_path / "set.tar")
 
-    assert [(p.name, p.class_id) for p in text.pictures] == [("x/1.jpg", 0), ("y/2.jpg", 1)]
+    assert [(p.name, p.class_id) for p in text.images] == [("x/1.jpg", 0), ("y/2.jpg", 1)]
     assert tar.classes == ("x", "y")
-    assert read_bytes(tar.pictures[1]) == (tmp_path / "y/2.jpg").read_bytes()
+    assert read_bytes(tar.images[1]) == (tmp_path / "y/2.jpg").read_bytes()
 
 
 def test_a_name_is_believed_until_the_bytes_are_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(saved(RED, "PNG"))
     (tmp_path / "b.jpg").write_text("a letter")
 
-    png, letter = list_pictures(tmp_path).pictures
+    png, letter = list_images(tmp_path).images
 
     assert decode_rgb(read_bytes(png)).getpixel((0, 0)) == (200, 30, 30)
-    with pytest.raises(PictureError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         decode_rgb(read_bytes(letter))
 
 
@@ -181,9 +181,9 @@ def test_hidden_members_and_classes_of_cls_files(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "._set.tar").write_bytes(b"a fork")
 
-    found = list_pictures(tmp_path)
+    found = list_images(tmp_path)
 
-    assert [(p.name, p.class_id) for p in found.pictures] == [("set.tar/1.jpg", 1), ("set.tar/2.jpg", 0)]
+    assert [(p.name, p.class_id) for p in found.images] == [("set.tar/1.jpg", 1), ("set.tar/2.jpg", 0)]
     assert found.classes == ("3", "7")
 
 
@@ -191,22 +191,22 @@ def test_what_is_no_tar_is_a_sentence(tmp_path):
     (tmp_path / "set.tar").write_text("a letter")
 
     with pytest.raises(ValueError, match=r"set\.tar is no whole, uncompressed tar"):
-        list_pictures(tmp_path)
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (lambda path: None, FileNotFoundError, "no pictures at"),
+        (lambda path: None, FileNotFoundError, "no images at"),
         (lambda path: path.mkdir(), ValueError, "an empty folder"),
         (lambda path: path.write_text("nowhere.jpg\n"), FileNotFoundError, r"line 1 names nowhere\.jpg"),
     ],
 )
-def test_a_source_without_pictures_is_a_sentence(make, error, sentence, tmp_path):
+def test_a_source_without_images_is_a_sentence(make, error, sentence, tmp_path):
     make(tmp_path / "source")
 
     with pytest.raises(error, match=sentence):
-        list_pictures(tmp_path / "source")
+        list_images(tmp_path / "source")
 
 
 def test_the_digest_is_of_names_and_classes(tmp_path):
@@ -214,6 +214,6 @@ def test_the_digest_is_of_names_and_classes(tmp_path):
     put(tmp_path / "two", "cat/a.jpg", "dog/b.jpg")
     put(tmp_path / "three", "cat/a.jpg", "dog/c.jpg")
 
-    one, two, three = (list_pictures(tmp_path / name).digest for name in ("one", "two", "three"))
+    one, two, three = (list_images(tmp_path / name).digest for name in ("one", "two", "three"))
 
     assert one == two != three

@@ -1,4 +1,4 @@
-"""G1, G2 for pictures in an object store: the same names, classes, digest and shards as from a local folder."""
+"""G1, G2 for images in an object store: the same names, classes, digest and shards as from a local folder."""
 
 import io
 import tarfile
@@ -14,11 +14,11 @@ from pyarrow import fs
 from partlearn.config import ExtractConfig
 from pipeline.extract import extract
 from shards import storage
-from shards.images import PictureList, list_pictures, read_bytes
+from shards.images import ImageList, list_images, read_bytes
 from training.config import RunConfig
 
 
-def picture(seed: int, kind: str = "JPEG") -> bytes:
+def image(seed: int, kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((48, 40)).save(buffer, kind)
@@ -26,11 +26,11 @@ def picture(seed: int, kind: str = "JPEG") -> bytes:
 
 
 def put(folder: Path, *names: str) -> Path:
-    """Files in a folder: pictures, or what else their names say."""
+    """Files in a folder: images, or what else their names say."""
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number, "PNG" if name.endswith(".png") else "JPEG"))
+        path.write_bytes(image(number, "PNG" if name.endswith(".png") else "JPEG"))
     return folder
 
 
@@ -46,20 +46,20 @@ def packed(path: Path, members: dict[str, bytes]) -> Path:
 
 def uploaded(local: Path, store: fs.FileSystem, name: str) -> str:
     """The same file or folder in the bucket."""
-    fs.copy_files(str(local), f"pictures/{name}", source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
-    return f"s3://pictures/{name}"
+    fs.copy_files(str(local), f"images/{name}", source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
+    return f"s3://images/{name}"
 
 
-def what(found: PictureList) -> tuple:
-    """Everything about a list of pictures but where they lie."""
-    named = [(picture.name, picture.class_id, read_bytes(picture)) for picture in found.pictures]
+def what(found: ImageList) -> tuple:
+    """Everything about a list of images but where they lie."""
+    named = [(image.name, image.class_id, read_bytes(image)) for image in found.images]
     return found.classes, named, found.digest
 
 
 FOLDERS = {
     "class folders": ("cat/b.jpg", "cat/a.JPEG", "dog/c.png", "dog/deep/er/d.jpg"),
     "a flat prefix": ("b.jpg", "a.jpg", ".hidden.jpg", "notes.txt"),
-    "truth beside pictures": ("images/1.jpg", "images/2.jpg", "labels/1.png", "labels/2.png"),
+    "truth beside images": ("images/1.jpg", "images/2.jpg", "labels/1.png", "labels/2.png"),
     "one class alone": ("cat/1.jpg", "cat/2.jpg"),
     "names of all kinds": ("a b.jpg", "c#1.jpg", "d?e.jpg", "f%20g.jpg", "h+i&j=k.jpg", "ü/l.jpg"),
 }
@@ -70,17 +70,17 @@ FOLDERS = {
 def test_a_prefix_is_listed_like_a_folder(names, slash, s3, tmp_path):
     folder = put(tmp_path / "set", *names)
 
-    remote = list_pictures(uploaded(folder, s3, "set") + slash)
+    remote = list_images(uploaded(folder, s3, "set") + slash)
 
-    assert what(remote) == what(list_pictures(folder))
-    assert all(one.location.startswith("s3://pictures/set/") for one in remote.pictures)
+    assert what(remote) == what(list_images(folder))
+    assert all(one.location.startswith("s3://images/set/") for one in remote.images)
 
 
 def test_a_whole_bucket_is_a_source(s3, tmp_path):
     folder = put(tmp_path / "set", "cat/a.jpg", "dog/b.jpg")
-    fs.copy_files(str(folder), "pictures", source_filesystem=fs.LocalFileSystem(), destination_filesystem=s3)
+    fs.copy_files(str(folder), "images", source_filesystem=fs.LocalFileSystem(), destination_filesystem=s3)
 
-    assert what(list_pictures("s3://pictures")) == what(list_pictures(folder))
+    assert what(list_images("s3://images")) == what(list_images(folder))
 
 
 def test_a_list_in_the_store_names_files_beside_it_and_anywhere(s3, tmp_path):
@@ -89,58 +89,58 @@ def test_a_list_in_the_store_names_files_beside_it_and_anywhere(s3, tmp_path):
     remote_c = uploaded(elsewhere, s3, "elsewhere") + "/c.jpg"
     (folder / "list.txt").write_text(f"sub/b.jpg\tdog\na.jpg\tcat\n\n{remote_c}\tcat\n{elsewhere}/c.jpg\tdog\n")
 
-    remote = list_pictures(uploaded(folder, s3, "set") + "/list.txt")
-    local = list_pictures(folder / "list.txt")
+    remote = list_images(uploaded(folder, s3, "set") + "/list.txt")
+    local = list_images(folder / "list.txt")
 
     assert what(remote) == what(local)
     assert remote.classes == ("cat", "dog")
-    assert {one.name: one.location for one in remote.pictures} == {
-        "a.jpg": "s3://pictures/set/a.jpg",
-        "sub/b.jpg": "s3://pictures/set/sub/b.jpg",
+    assert {one.name: one.location for one in remote.images} == {
+        "a.jpg": "s3://images/set/a.jpg",
+        "sub/b.jpg": "s3://images/set/sub/b.jpg",
         remote_c: remote_c,
         f"{elsewhere}/c.jpg": f"{elsewhere}/c.jpg",
     }
 
 
 def test_a_tar_in_the_store_gives_its_members_by_range(s3, tmp_path):
-    members = {"1.jpg": picture(1), "1.cls": b"7", "2.jpg": picture(2), "2.cls": b"3", "._2.jpg": b"a fork"}
+    members = {"1.jpg": image(1), "1.cls": b"7", "2.jpg": image(2), "2.cls": b"3", "._2.jpg": b"a fork"}
     tar = packed(tmp_path / "set.tar", members)
 
-    remote = list_pictures(uploaded(tar, s3, "set.tar"))
+    remote = list_images(uploaded(tar, s3, "set.tar"))
 
-    assert what(remote) == what(list_pictures(tar))
-    assert [(one.name, one.class_id) for one in remote.pictures] == [("set.tar/1.jpg", 1), ("set.tar/2.jpg", 0)]
-    assert [read_bytes(one) for one in remote.pictures] == [members["1.jpg"], members["2.jpg"]]
+    assert what(remote) == what(list_images(tar))
+    assert [(one.name, one.class_id) for one in remote.images] == [("set.tar/1.jpg", 1), ("set.tar/2.jpg", 0)]
+    assert [read_bytes(one) for one in remote.images] == [members["1.jpg"], members["2.jpg"]]
 
 
 def test_a_folder_of_tars_in_the_store_is_one_source(s3, tmp_path):
-    packed(tmp_path / "tars/one.tar", {"cat/1.jpg": picture(1), "dog/2.jpg": picture(2)})
-    packed(tmp_path / "tars/two.tar", {"cat/1.jpg": picture(3)})
+    packed(tmp_path / "tars/one.tar", {"cat/1.jpg": image(1), "dog/2.jpg": image(2)})
+    packed(tmp_path / "tars/two.tar", {"cat/1.jpg": image(3)})
 
-    remote = list_pictures(uploaded(tmp_path / "tars", s3, "tars"))
+    remote = list_images(uploaded(tmp_path / "tars", s3, "tars"))
 
-    assert what(remote) == what(list_pictures(tmp_path / "tars"))
-    assert [one.name for one in remote.pictures] == ["one.tar/cat/1.jpg", "one.tar/dog/2.jpg", "two.tar/cat/1.jpg"]
+    assert what(remote) == what(list_images(tmp_path / "tars"))
+    assert [one.name for one in remote.images] == ["one.tar/cat/1.jpg", "one.tar/dog/2.jpg", "two.tar/cat/1.jpg"]
 
 
 def test_what_is_no_tar_is_a_sentence_there_too(s3, tmp_path):
     (tmp_path / "set.tar").write_text("a letter")
 
-    with pytest.raises(ValueError, match=r"s3://pictures/set\.tar is no whole, uncompressed tar"):
-        list_pictures(uploaded(tmp_path / "set.tar", s3, "set.tar"))
+    with pytest.raises(ValueError, match=r"s3://images/set\.tar is no whole, uncompressed tar"):
+        list_images(uploaded(tmp_path / "set.tar", s3, "set.tar"))
 
 
-@pytest.mark.parametrize("nowhere", ["s3://pictures/nowhere", "s3://pictures/none.txt", "s3://pictures/none.tar"])
+@pytest.mark.parametrize("nowhere", ["s3://images/nowhere", "s3://images/none.txt", "s3://images/none.tar"])
 def test_a_place_without_anything_is_a_sentence(nowhere, s3):
-    with pytest.raises(FileNotFoundError, match=f"no pictures at {nowhere}: expected a folder, a text file of paths"):
-        list_pictures(nowhere)
+    with pytest.raises(FileNotFoundError, match=f"no images at {nowhere}: expected a folder, a text file of paths"):
+        list_images(nowhere)
 
 
-def test_a_prefix_without_pictures_says_what_is_there(s3, tmp_path):
+def test_a_prefix_without_images_says_what_is_there(s3, tmp_path):
     folder = put(tmp_path / "set", "a.txt", "b.txt", "c.csv")
 
-    with pytest.raises(ValueError, match=r"no pictures in s3://pictures/set: .* found 2 \.txt, 1 \.csv"):
-        list_pictures(uploaded(folder, s3, "set"))
+    with pytest.raises(ValueError, match=r"no images in s3://images/set: .* found 2 \.txt, 1 \.csv"):
+        list_images(uploaded(folder, s3, "set"))
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, storage.WHOLE_FILE), (0, 10), (100, 37), (300, storage.WHOLE_FILE)])
@@ -166,8 +166,8 @@ def extracted(images: str, parts: Path, out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["class folders", "tar"])
-def test_g1_extraction_from_a_store_gives_the_bytes_of_the_same_pictures_here(kind, learned, s3, tmp_path):
-    """One is a letter with a picture's name: it is rejected in both, and nothing else is."""
+def test_g1_extraction_from_a_store_gives_the_bytes_of_the_same_images_here(kind, learned, s3, tmp_path):
+    """One is a letter with an image's name: it is rejected in both, and nothing else is."""
     folder = put(tmp_path / "set", "cat/1.jpg", "cat/2#.jpg", "cat/3.jpg", "dog/4.jpg", "dog/5.png", "dog/6.jpg")
     (folder / "dog/7.jpg").write_text("a letter")
     local = folder
@@ -184,7 +184,7 @@ def test_g1_extraction_from_a_store_gives_the_bytes_of_the_same_pictures_here(ki
         assert [row["source"].rpartition("/")[2] for row in rejected] == ["7.jpg"]
 
 
-def test_g2_a_picture_that_is_gone_is_rejected_with_the_reason(learned, s3, tmp_path):
+def test_g2_a_image_that_is_gone_is_rejected_with_the_reason(learned, s3, tmp_path):
     folder = put(tmp_path / "set", "1.jpg", "2.jpg")
     remote = uploaded(folder, s3, "set")
     (tmp_path / "list.txt").write_text(f"{remote}/1.jpg\n{remote}/gone.jpg\n{remote}/2.jpg\n")

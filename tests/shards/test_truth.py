@@ -12,7 +12,7 @@ from shards.truth import TruthFiles, cells_of
 
 
 def drawn(folder: Path, kind: str, ids: np.ndarray) -> TruthFiles:
-    """One map, of a picture a.jpg."""
+    """One map, of an image a.jpg."""
     (folder / kind).mkdir(parents=True)
     Image.fromarray(ids).save(folder / kind / "a.png")
     return TruthFiles(folder, ["a.jpg"])
@@ -77,7 +77,7 @@ def test_a_mask_may_be_all_background_or_all_object_but_not_of_part_ids(fill, tm
         ids.read("a.jpg")
 
 
-def test_pictures_without_truth_are_told_where_it_should_lie(tmp_path):
+def test_images_without_truth_are_told_where_it_should_lie(tmp_path):
     drawn(tmp_path / "val", "labels", np.zeros((2, 2), np.uint8))
     layout = r"masks/a\.png is missing: .* images/NAME\.jpg beside labels/NAME\.png .* or masks/NAME\.png .* size"
 
@@ -87,12 +87,12 @@ def test_pictures_without_truth_are_told_where_it_should_lie(tmp_path):
         TruthFiles(tmp_path / "val/images", ["a.jpg"])
 
 
-def test_a_map_of_another_size_or_orientation_than_its_picture_is_refused(tmp_path):
+def test_a_map_of_another_size_or_orientation_than_its_image_is_refused(tmp_path):
     files = drawn(tmp_path, "labels", np.zeros((3, 4), np.uint8))
 
     assert files.read_for("a.jpg", (4, 3)).shape == (3, 4)
     with pytest.raises(
-        ValueError, match=r"labels/a\.png is 4x3, but its picture is 3x4 as shown .* EXIF .* give the map"
+        ValueError, match=r"labels/a\.png is 4x3, but its image is 3x4 as shown .* EXIF .* give the map"
     ):
         files.read_for("a.jpg", (3, 4))
 

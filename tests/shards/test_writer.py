@@ -225,7 +225,7 @@ def test_rejects_are_told_and_a_shard_may_be_all_of_them(tmp_path):
 
     def half():
         yield from labelled(2)
-        rejected.append(Rejected("b.jpg", 2, "decode", "no picture"))
+        rejected.append(Rejected("b.jpg", 2, "decode", "no image"))
 
     write_shard(tmp_path, 0, half(), groups=4, plan_digest=digest, rejected=rejected)
     write_shard(tmp_path, 1, [], groups=4, plan_digest=digest, rejected=[Rejected("c.jpg", 3, "read", "gone")])
@@ -233,7 +233,7 @@ def test_rejects_are_told_and_a_shard_may_be_all_of_them(tmp_path):
 
     assert (info["samples"], info["rejected"], len(ShardSet.open(tmp_path))) == (2, 2, 2)
     assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [
-        {"source": "b.jpg", "ordinal": 2, "stage": "decode", "reason": "no picture"},
+        {"source": "b.jpg", "ordinal": 2, "stage": "decode", "reason": "no image"},
         {"source": "c.jpg", "ordinal": 3, "stage": "read", "reason": "gone"},
     ]
 

@@ -13,8 +13,8 @@ from encoders.distill.from_teacher import cosine_loss, running_mean, told_apart
 from encoders.distill.student import vit_tokens
 from encoders.distill.train import distill, new_objective, new_optimizer
 from encoders.load import load_encoder
-from shards.image_batches import PictureBatches
-from shards.images import list_pictures
+from shards.image_batches import ImageBatches
+from shards.images import list_images
 from training.checkpoint import CheckpointError, find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 
@@ -36,7 +36,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(images, tmp_path_factory):
-    """A wider, deeper encoder of larger pictures and patches, self-distilled."""
+    """A wider, deeper encoder of larger images and patches, self-distilled."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     distill(tiny(images, out, epochs=12, **TEACHER))
     return f"run:{out}"
@@ -51,7 +51,7 @@ def learned(images, teacher, tmp_path_factory):
 
 
 def squares(folder, size: int) -> torch.Tensor:
-    with PictureBatches(list_pictures(folder), size=size, batch_size=64, seed=0) as batches:
+    with ImageBatches(list_images(folder), size=size, batch_size=64, seed=0) as batches:
         return next(iter(batches))[0]
 
 
@@ -78,7 +78,7 @@ def test_told_apart_is_nothing_for_one_answer_and_one_for_answers_at_right_angle
     assert told == pytest.approx([0, 1], abs=1e-6)
 
 
-def test_training_lowers_both_losses_and_tells_pictures_apart(learned):
+def test_training_lowers_both_losses_and_tells_images_apart(learned):
     lines = read_metrics(learned)
 
     for name in ("loss_class", "loss_patch"):
@@ -95,7 +95,7 @@ def test_held_out_tokens_of_the_teacher_are_predicted_better_than_from_an_untrai
     theirs = [load_encoder(teacher, grid=4)(squares(folder, 32)) for folder in (images, unseen)]
 
     def missed(run, name: str) -> float:
-        """1 - cosine, on unseen pictures, of the best linear map of the student's tokens found on the seen ones."""
+        """1 - cosine, on unseen images, of the best linear map of the student's tokens found on the seen ones."""
         ours = [getattr(load_encoder(f"run:{run}")(squares(folder, 16)), name) for folder in (images, unseen)]
         x, z = (F.pad(tokens.flatten(0, -2), (0, 1), value=1.0).double() for tokens in ours)
         y, target = (getattr(tokens, name).flatten(0, -2).double() for tokens in theirs)
@@ -161,11 +161,11 @@ def test_a_student_that_a_high_learning_rate_made_say_one_thing_is_told(images, 
     distill(tiny(images, tmp_path / "run", teacher=teacher, epochs=12, base_lr=20.0))
 
     told = capsys.readouterr().err
-    assert told.count("the encoder says the same of every picture") == 1
+    assert told.count("the encoder says the same of every image") == 1
     assert "--teacher-momentum" not in told
 
 
-def test_a_student_blind_to_the_picture_tells_none_apart(images, teacher, tmp_path):
+def test_a_student_blind_to_the_image_tells_none_apart(images, teacher, tmp_path):
     objective = new_objective(tiny(images, tmp_path, teacher=teacher))
     before = objective.losses(squares(images, 32), step=0).shown["told_apart"]
     torch.nn.init.zeros_(objective.student.patch_embed.proj.weight)

@@ -1,4 +1,4 @@
-"""k-NN while an encoder is trained: the figure, the pictures, and that it changes nothing."""
+"""k-NN while an encoder is trained: the figure, the images, and that it changes nothing."""
 
 import math
 
@@ -26,7 +26,7 @@ def one_thread():
 
 
 def paint(folder, *, colours, each=24):
-    """Class folders of plain pictures with noise; `colours(class, number)` is a picture's colour."""
+    """Class folders of plain images with noise; `colours(class, number)` is an image's colour."""
     rng = np.random.default_rng(0)
     for name in COLOURS:
         (folder / name).mkdir(parents=True)
@@ -48,7 +48,7 @@ def slow_accuracy(tokens, labels, neighbours, temperature):
     return right / len(tokens)
 
 
-def test_the_accuracy_is_that_of_a_loop_over_pictures():
+def test_the_accuracy_is_that_of_a_loop_over_images():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (60,), generator=generator)
     tokens = torch.randn(60, 5, generator=generator) + torch.eye(4, 5)[labels]
@@ -59,7 +59,7 @@ def test_the_accuracy_is_that_of_a_loop_over_pictures():
     assert 0.3 < found < 1
 
 
-def test_a_picture_does_not_vote_for_itself():
+def test_a_image_does_not_vote_for_itself():
     tokens = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
 
     pairs, crossed = (
@@ -80,19 +80,19 @@ def test_classes_of_a_colour_each_are_told_and_classes_of_all_colours_are_not(tm
     assert mixed < 0.6
 
 
-def test_too_many_pictures_are_thinned_evenly_and_said(tmp_path, monkeypatch, capsys):
+def test_too_many_images_are_thinned_evenly_and_said(tmp_path, monkeypatch, capsys):
     folder = paint(tmp_path / "set", colours=lambda name, _: COLOURS[name], each=20)
     monkeypatch.setattr(monitor, "MOST", 12)
 
     taken = Monitor(folder, size=16, threads=2)
 
     assert taken.labels.bincount().tolist() == [4, 4, 4]
-    assert "takes 12 of the 60 pictures" in capsys.readouterr().err
+    assert "takes 12 of the 60 images" in capsys.readouterr().err
 
 
-def test_an_unreadable_picture_is_left_out_and_said(tmp_path, capsys):
+def test_an_unreadable_image_is_left_out_and_said(tmp_path, capsys):
     folder = paint(tmp_path / "set", colours=lambda name, _: COLOURS[name], each=3)
-    (tmp_path / "set/green/001.png").write_bytes(b"no picture")
+    (tmp_path / "set/green/001.png").write_bytes(b"no image")
 
     taken = Monitor(folder, size=16, threads=1)
 
@@ -100,7 +100,7 @@ def test_an_unreadable_picture_is_left_out_and_said(tmp_path, capsys):
     assert "green/001.png cannot be read" in capsys.readouterr().err
 
 
-def test_pictures_without_classes_are_refused(tmp_path):
+def test_images_without_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs a folder of class folders"):
         Monitor(draw_stripes(tmp_path / "flat", 3), size=16, threads=1)
 
@@ -115,7 +115,7 @@ def test_it_measures_every_few_epochs_and_at_the_end_and_changes_nothing(tmp_pat
     distill(tiny(folder, tmp_path / "halves", **watched))
 
     whole, halves = (read_metrics(tmp_path / run) for run in ("whole", "halves"))
-    assert [line["step"] for line in whole if "knn" in line] == [3, 7, 8]  # 30 pictures in batches of 16: 9 steps
+    assert [line["step"] for line in whole if "knn" in line] == [3, 7, 8]  # 30 images in batches of 16: 9 steps
     assert [line.get("knn") for line in whole] == [line.get("knn") for line in halves]
     assert report["knn"] == whole[-1]["knn"]
     weights = {find(tmp_path / run).read_bytes() for run in ("alone", "whole", "halves")}

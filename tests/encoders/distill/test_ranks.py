@@ -12,8 +12,8 @@ from stripes import TINY, draw_stripes, tiny
 
 from encoders.distill.crops import draw_crops
 from encoders.distill.train import distill
-from shards.image_batches import PictureBatches
-from shards.images import list_pictures
+from shards.image_batches import ImageBatches
+from shards.images import list_images
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 
@@ -44,13 +44,13 @@ distributed.stop()
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same runs by one process and by two; 40 pictures, one of them unreadable."""
+    """The same runs by one process and by two; 40 images, one of them unreadable."""
     threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
     images = draw_stripes(folder / "images", 40)
     for seed, name in enumerate(("a", "b")):
         draw_stripes(folder / "classes" / name, 12, seed=seed)
-    (folder / "images/7.png").write_bytes(b"no picture")
+    (folder / "images/7.png").write_bytes(b"no image")
     for name in ("one", "two"):
         distill(tiny(images, folder / name / "teacher", epochs=0, dim=48, heads=3))
     distill(tiny(images, folder / "one/alone", **SETTINGS), stop_after_steps=STEPS)
@@ -104,7 +104,7 @@ def test_a_finished_run_of_two_ranks_reports_as_one(runs):
     assert reports[0]["unreadable"] == reports[1]["unreadable"] == 1
     assert reports[0]["steps"] == reports[1]["steps"] == 2
     assert reports[0]["knn"] == pytest.approx(reports[1]["knn"], abs=0.1)
-    assert reports[0]["pictures_digest"] == reports[1]["pictures_digest"]
+    assert reports[0]["images_digest"] == reports[1]["images_digest"]
 
 
 def test_a_batch_that_two_ranks_cannot_share_is_refused_on_both(runs):
@@ -115,11 +115,11 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused_on_both(runs):
 
 def test_the_blocks_of_the_ranks_are_the_crops_of_one(tmp_path):
     config = tiny(draw_stripes(tmp_path / "images", 12), tmp_path, batch_size=12)
-    pictures = list_pictures(config.images)
+    listed = list_images(config.images)
     parts = []
     for rank, ranks in ((0, 1), (0, 3), (1, 3), (2, 3)):
         block = {"rank": rank, "world_size": ranks}
-        with PictureBatches(pictures, size=16, batch_size=12, seed=0, **block) as batches:
+        with ImageBatches(listed, size=16, batch_size=12, seed=0, **block) as batches:
             images, _ = next(iter(batches))
         parts.append(draw_crops(images, config, step=5, **block))
 

@@ -136,11 +136,11 @@ def test_a_finished_run_is_not_run_again(images, tmp_path):
 
 
 def test_a_run_killed_before_its_report_gives_the_same_report_and_warning(tmp_path, capsys):
-    """Of black pictures, which no encoder tells apart, and one that is no picture."""
+    """Of black images, which no encoder tells apart, and one that is no image."""
     (tmp_path / "black").mkdir()
     for number in range(40):
         Image.new("RGB", (24, 24)).save(tmp_path / "black" / f"{number}.png")
-    (tmp_path / "black" / "torn.png").write_bytes(b"no picture")
+    (tmp_path / "black" / "torn.png").write_bytes(b"no image")
     config = tiny(str(tmp_path / "black"), tmp_path / "run")
     report, told = distill(config), capsys.readouterr().err
     (tmp_path / "run" / "DONE.json").unlink()
@@ -174,7 +174,7 @@ def test_it_trains_without_local_crops_and_without_masks(images, tmp_path, absen
     assert (report["loss_patch"] == 0) == (absent == "mask_share")
 
 
-def test_too_few_pictures_for_a_batch_are_told(images, tmp_path):
+def test_too_few_images_for_a_batch_are_told(images, tmp_path):
     with pytest.raises(ValueError, match="make no batch of 512"):
         distill(tiny(images, tmp_path / "run", batch_size=512))
 

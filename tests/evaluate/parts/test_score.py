@@ -1,4 +1,4 @@
-"""`score-parts`: crops of picture and truth belong together, and the verb's rows are those that scripts rely on."""
+"""`score-parts`: crops of image and truth belong together, and the verb's rows are those that scripts rely on."""
 
 import json
 import re
@@ -31,7 +31,7 @@ ROW |= {"areas", "speckle_inside", "flip_inside"}
 
 @pytest.fixture
 def painted(tmp_path) -> Path:
-    """Pictures painted from their truth: part k is grey 40 k. Blocks of 10 pixels, 160 x 120 and 120 x 160."""
+    """Images painted from their truth: part k is grey 40 k. Blocks of 10 pixels, 160 x 120 and 120 x 160."""
     random = np.random.default_rng(0)
     for kind in ("images", "labels"):
         (tmp_path / "set" / kind).mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_every_view_shows_the_cells_that_its_truth_tells_of(painted):
     assert np.array_equal(views[0].truth[3], views[1].truth[3])
 
 
-def test_labels_that_follow_the_picture_pass_the_shift_test_and_stripes_of_columns_do_not(painted):
+def test_labels_that_follow_the_image_pass_the_shift_test_and_stripes_of_columns_do_not(painted):
     left, right = TruthSet(painted).shifted(size=96, grid=GRID)
     columns = np.broadcast_to(np.arange(GRID) // 3, left.truth.shape)
 
@@ -70,7 +70,7 @@ def test_labels_that_follow_the_picture_pass_the_shift_test_and_stripes_of_colum
 
 @pytest.fixture
 def striped(tmp_path) -> Path:
-    """A wide, a high and a square picture, with upright stripes of 23 pixels for their true parts."""
+    """A wide, a high and a square image, with upright stripes of 23 pixels for their true parts."""
     for kind in ("images", "labels"):
         (tmp_path / "striped" / kind).mkdir(parents=True)
     for number, (width, height) in enumerate([(401, 300), (300, 401), (333, 333)]):
@@ -95,25 +95,25 @@ def test_grids_of_few_cells_have_a_shift_test_too(grid, striped):
     assert shift_ari(left.truth, right.truth) == 1
 
 
-def test_a_picture_of_fewer_pixels_than_cells_is_named(painted):
+def test_a_image_of_fewer_pixels_than_cells_is_named(painted):
     with pytest.raises(
         ValueError, match=r"0\.png is 160x120: too small for crops of 100 cells a side; choose a smaller"
     ):
         TruthSet(painted).shifted(size=96, grid=100)
 
 
-def test_truth_of_another_size_or_orientation_than_its_picture_is_refused(painted):
-    with Image.open(painted / "images/1.png") as picture:
-        exif = picture.getexif()
+def test_truth_of_another_size_or_orientation_than_its_image_is_refused(painted):
+    with Image.open(painted / "images/1.png") as image:
+        exif = image.getexif()
         exif[0x0112] = 6  # shown after a quarter turn
-        picture.save(painted / "images/1.png", exif=exif)
-    with pytest.raises(ValueError, match=r"labels/1\.png is 120x160, but its picture is 160x120 as shown"):
+        image.save(painted / "images/1.png", exif=exif)
+    with pytest.raises(ValueError, match=r"labels/1\.png is 120x160, but its image is 160x120 as shown"):
         TruthSet(painted).centre(size=120, grid=GRID)
 
     with Image.open(painted / "labels/0.png") as labels:
         half = labels.resize((80, 60), Image.Resampling.NEAREST)
     half.save(painted / "labels/0.png")
-    with pytest.raises(ValueError, match=r"labels/0\.png is 80x60, but its picture is 160x120 .*; give the map the"):
+    with pytest.raises(ValueError, match=r"labels/0\.png is 80x60, but its image is 160x120 .*; give the map the"):
         TruthSet(painted).shifted(size=120, grid=GRID)
 
 
@@ -129,7 +129,7 @@ def test_masks_are_truth_of_one_part(painted):
     assert set(np.unique(TruthSet(painted).centre(size=120, grid=GRID).truth)) == {0, 1}
 
 
-def test_a_picture_without_truth_is_named(painted):
+def test_a_image_without_truth_is_named(painted):
     (painted / "labels/2.png").unlink()
 
     with pytest.raises(FileNotFoundError, match=r"2\.png is missing"):
@@ -144,8 +144,8 @@ def test_truth_without_a_part_is_a_sentence(painted):
         TruthSet(painted).centre(size=120, grid=GRID)
 
 
-def test_beyond_other_knows_parts_from_what_all_pictures_share():
-    """By hand: one stratum, truth drawn anew in each picture; the truth itself scores 1, one map for all scores 0."""
+def test_beyond_other_knows_parts_from_what_all_images_share():
+    """By hand: one stratum, truth drawn anew in each image; the truth itself scores 1, one map for all scores 0."""
     truth = np.random.default_rng(0).integers(1, 3, (40, 6, 6))
     strata = np.zeros_like(truth)
     shared = np.broadcast_to(truth[0], truth.shape)
@@ -159,7 +159,7 @@ TINY = "random:vit_tiny_patch16_224"
 
 
 def scored(painted: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Rows of the verb on the painted pictures."""
+    """Rows of the verb on the painted images."""
     common: dict[str, Any] = {"encoder": (TINY,), "grid": GRID, "size": 64, "device": "cpu", "precision": "fp32"}
     return score_parts(ScorePartsConfig(images=(str(painted),), **common | settings))
 
@@ -233,7 +233,7 @@ def test_a_score_is_the_same_alone_and_in_company(painted):
 
 def test_runs_that_differ_in_their_seed_alone_have_a_stability(painted, tmp_path, learned):
     runs = [small_parts(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2)]
-    for run in runs:  # learned on equal pictures, in another folder
+    for run in runs:  # learned on equal images, in another folder
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"images": "photos"}))
 
@@ -270,7 +270,7 @@ def test_a_learner_on_another_grid_than_the_controls_is_refused(painted, learned
         scored(painted, parts=(str(learned), "grid"))
 
 
-def test_shuffled_labels_are_those_of_the_next_picture_and_no_batch_has_one_alone():
+def test_shuffled_labels_are_those_of_the_next_image_and_no_batch_has_one_alone():
     images = np.random.default_rng(0).integers(0, 256, (BATCH + 1, 64, 64, 3), dtype=np.uint8)
     labellers = [Labeller(name, encoder=TINY, grid=4, precision="fp32") for name in ("heads", "shuffled-heads")]
 

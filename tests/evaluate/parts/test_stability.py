@@ -9,7 +9,7 @@ from evaluate.parts.stability import matched_iou, stability
 
 
 def cells(*labels: int) -> np.ndarray:
-    """One picture of one row."""
+    """One image of one row."""
     return np.array([[labels]])
 
 

@@ -9,7 +9,7 @@ from conftest import write_samples
 from PIL import Image
 
 from evaluate.parts.stored import parts_of_set, score_against_truth
-from shards.sample import LabelledPicture
+from shards.sample import LabelledImage
 from shards.shard_set import ShardSet
 from training.contact_sheet import BACKGROUND, tinted
 
@@ -17,7 +17,7 @@ GRID, PARTS, COUNT = 4, 3, 3
 
 
 def stored(tmp_path: Path, *, background: bool, size: tuple[int, int] = (48, 32)) -> ShardSet:
-    """Right-hand squares of wide pictures, with labels that are exactly right; the truth lies in tmp_path/true."""
+    """Right-hand squares of wide images, with labels that are exactly right; the truth lies in tmp_path/true."""
     random = np.random.default_rng(0)
     for kind in ("images", "labels"):
         (tmp_path / "true" / kind).mkdir(parents=True)
@@ -30,7 +30,7 @@ def stored(tmp_path: Path, *, background: bool, size: tuple[int, int] = (48, 32)
         Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(jpeg, "JPEG")
         own = cells[:, 2:]
         samples.append(
-            LabelledPicture(
+            LabelledImage(
                 key=f"{number:08d}",
                 source=f"{number}.jpg",
                 class_id=-1,
@@ -60,7 +60,7 @@ def test_labels_that_are_right_score_one_and_no_part_is_taken_for_a_background(b
 def test_truth_of_another_size_is_refused(tmp_path):
     with (
         stored(tmp_path, background=True, size=(24, 16)) as shards,
-        pytest.raises(ValueError, match=r"labels/0\.png is 24x16, but its picture is 48x32"),
+        pytest.raises(ValueError, match=r"labels/0\.png is 24x16, but its image is 48x32"),
     ):
         score_against_truth({"half": shards}, truth=tmp_path / "true")
 

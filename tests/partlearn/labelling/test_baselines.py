@@ -97,7 +97,7 @@ def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
 
 
 @pytest.mark.parametrize("name", ["heads", "kmeans-image"])
-def test_a_shuffled_picture_has_the_labels_of_the_next(name, encoder, tokens):
+def test_a_shuffled_image_has_the_labels_of_the_next(name, encoder, tokens):
     parts, rank = Baseline(name, encoder, parts=PARTS).label(tokens)
 
     shuffled, ranks = Baseline(f"shuffled-{name}", encoder, parts=PARTS).label(tokens)
@@ -107,7 +107,7 @@ def test_a_shuffled_picture_has_the_labels_of_the_next(name, encoder, tokens):
     assert torch.equal(ranks, rank[[1, 0]])
 
 
-def test_one_picture_has_no_next(encoder, tokens):
+def test_one_image_has_no_next(encoder, tokens):
     alone = tokens_of(tokens.patch_tokens[:1], tokens.class_attention[:1])
 
     with pytest.raises(ValueError, match="at least two, got 1"):
@@ -121,11 +121,11 @@ def extraction(images: Path, out: Path, parts: str, **changes) -> ExtractConfig:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_picture_left_alone_joins_the_others_and_all_have_labels_of_another(batch_size, tmp_path):
-    """Six pictures in batches of four and two, of which the fifth in order turns out to be no picture."""
+def test_a_image_left_alone_joins_the_others_and_all_have_labels_of_another(batch_size, tmp_path):
+    """Six images in batches of four and two, of which the fifth in order turns out to be no image."""
     photos = photographs(tmp_path / "photos", 6)
     torn = photos / f"{permutation(6, seed=0, epoch=0)[4]:03d}.jpg"
-    torn.write_bytes(b"no picture")
+    torn.write_bytes(b"no image")
 
     extract(extraction(photos, tmp_path / "own", "heads"))
     extract(extraction(photos, tmp_path / "set", "shuffled-heads", batch_size=batch_size))
@@ -141,7 +141,7 @@ def test_a_picture_left_alone_joins_the_others_and_all_have_labels_of_another(ba
     assert confidence[1] == [confidence[0][donor] for donor in donors]
 
 
-def test_the_only_picture_of_a_shard_is_rejected_with_the_reason(tmp_path):
+def test_the_only_image_of_a_shard_is_rejected_with_the_reason(tmp_path):
     info = extract(
         extraction(photographs(tmp_path / "photos", 5), tmp_path / "set", "shuffled-heads", samples_per_shard=4)
     )
@@ -149,16 +149,16 @@ def test_the_only_picture_of_a_shard_is_rejected_with_the_reason(tmp_path):
     assert (info["samples"], info["rejected"]) == (4, 1)
     rejected = pq.read_table(tmp_path / "set" / "rejected.parquet").to_pylist()[0]
     assert (rejected["ordinal"], rejected["stage"]) == (4, "label")
-    assert rejected["reason"] == "shuffled-heads needs another picture, and no other of its shard can be read"
+    assert rejected["reason"] == "shuffled-heads needs another image, and no other of its shard can be read"
     assert verify(tmp_path / "set", "deep") == []
 
 
-def test_batches_of_every_size_hold_all_pictures_in_order_and_none_alone():
+def test_batches_of_every_size_hold_all_images_in_order_and_none_alone():
     for size in range(1, 6):
         for count in range(2, 14):
-            pictures: list = list(range(count))
-            batches = list(never_alone((pictures[i : i + size] for i in range(0, count, size)), size))
-            assert [picture for batch in batches for picture in batch] == pictures
+            images: list = list(range(count))
+            batches = list(never_alone((images[i : i + size] for i in range(0, count, size)), size))
+            assert [image for batch in batches for image in batch] == images
             assert all(2 <= len(batch) <= max(2, size) + 1 for batch in batches)
 
 
@@ -182,7 +182,7 @@ def test_where_the_object_has_fewer_cells_than_parts_each_is_a_part(name, encode
         assert sorted(inside.tolist()) == list(range(len(inside)))
 
 
-def test_kmeans_of_a_picture_finds_the_parts_of_its_object(encoder, tokens):
+def test_kmeans_of_a_image_finds_the_parts_of_its_object(encoder, tokens):
     parts, _ = Baseline("kmeans-image", encoder, parts=2).label(tokens)
 
     halves = (torch.arange(GRID) >= 4).long().expand(GRID, GRID).flatten()
@@ -220,7 +220,7 @@ def test_a_grid_of_a_prime_number_of_parts_is_compact_rectangles_too(parts):
         assert (grid == part).sum().item() == pytest.approx(28**2 / parts, rel=0.15)
 
 
-def test_regions_are_compact_and_another_draw_in_another_picture(encoder, tokens):
+def test_regions_are_compact_and_another_draw_in_another_image(encoder, tokens):
     parts, rank = Baseline("regions", encoder, parts=3).label(tokens)
 
     assert not torch.equal(rank[0], rank[1])

@@ -1,4 +1,4 @@
-"""`extract --parts truth`: the stored labels are the part maps that lie beside the pictures."""
+"""`extract --parts truth`: the stored labels are the part maps that lie beside the images."""
 
 import pickle
 from pathlib import Path
@@ -27,7 +27,7 @@ GRID, PARTS, COUNT = 6, 4, 10
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Wide and high pictures of noise, part 4 and unknown pixels in some of the maps; the first has no part."""
+    """Wide and high images of noise, part 4 and unknown pixels in some of the maps; the first has no part."""
     random = np.random.default_rng(0)
     for kind in ("images", "labels"):
         (tmp_path / "set" / kind).mkdir(parents=True)
@@ -122,10 +122,10 @@ def test_masks_are_labels_of_one_part(folder, tmp_path):
     assert info["groups"] == 2
 
 
-def test_a_picture_without_truth_is_named_before_the_build_starts(folder, tmp_path):
+def test_a_image_without_truth_is_named_before_the_build_starts(folder, tmp_path):
     (folder / "labels/3.png").unlink()
 
-    with pytest.raises(FileNotFoundError, match=r"labels/3\.png is missing: every picture needs its truth"):
+    with pytest.raises(FileNotFoundError, match=r"labels/3\.png is missing: every image needs its truth"):
         extract(config(tmp_path / "out", images=str(folder)))
 
     assert not (tmp_path / "out").exists()
@@ -142,14 +142,14 @@ def test_maps_that_changed_meanwhile_are_another_plan(folder, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "sentence"),
     [
-        (np.ones((9, 9), np.uint8), r"labels/3\.png is 9x9, but its picture is"),
+        (np.ones((9, 9), np.uint8), r"labels/3\.png is 9x9, but its image is"),
         (np.full((1, 1), 9, np.uint8), r"labels/3\.png has the part id 9, but the largest id there is is 4"),
     ],
 )
-def test_a_map_that_does_not_fit_its_picture_is_named(ids, sentence, folder, tmp_path):
+def test_a_map_that_does_not_fit_its_image_is_named(ids, sentence, folder, tmp_path):
     (folder / "labels.txt").write_text("0\tbackground\n4\ttail\n")
-    with Image.open(folder / "images/3.jpg") as picture:
-        size = picture.size if ids.size == 1 else ids.shape
+    with Image.open(folder / "images/3.jpg") as image:
+        size = image.size if ids.size == 1 else ids.shape
     Image.fromarray(np.resize(ids, size[::-1])).save(folder / "labels/3.png")
 
     with pytest.raises(ValueError, match=sentence):
@@ -160,7 +160,7 @@ def test_cells_finer_than_the_pixels_and_a_source_that_is_no_folder_are_sentence
     with pytest.raises(ValueError, match="pixels a side, its cells; choose a smaller --grid"):
         extract(config(tmp_path / "out", images=str(folder), grid=64))
     (tmp_path / "list.txt").write_text("set/images/0.jpg\n")
-    with pytest.raises(ValueError, match=r"needs pictures from a local folder .*list\.txt"):
+    with pytest.raises(ValueError, match=r"needs images from a local folder .*list\.txt"):
         extract(config(tmp_path / "other", images=str(tmp_path / "list.txt")))
 
 

@@ -19,14 +19,14 @@ from pipeline.cluster import pool
 from pipeline.cluster.pool import ATTEMPTS, build_on_ray, room
 from shards.build import finalise, open_plan
 from shards.errors import ShardError
-from shards.sample import LabelledPicture
+from shards.sample import LabelledImage
 from shards.verify import verify
 from shards.writer import write_shard
 from training.config import RunConfig
 
 ROOT = Path(__file__).parents[3]
 GROUPS, SAMPLES, SHARDS = 4, 4, 6
-Samples = list[list[LabelledPicture]]
+Samples = list[list[LabelledImage]]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ class Noise:
             self.folder, number, self.slowly(number), groups=GROUPS, plan_digest=self.digest, rejected=[]
         )
 
-    def slowly(self, number: int) -> Iterator[LabelledPicture]:
+    def slowly(self, number: int) -> Iterator[LabelledImage]:
         yield from self.samples[number][: SAMPLES // 2]
         self.half_way(number)
         yield from self.samples[number][SAMPLES // 2 :]

@@ -1,4 +1,4 @@
-"""The picture of a learned run."""
+"""The image of a learned run."""
 
 from conftest import photographs
 from PIL import Image
@@ -10,9 +10,9 @@ from training.config import RunConfig
 from training.contact_sheet import CELL
 
 
-def test_a_run_is_shown_without_its_torn_pictures_and_stands_when_they_have_moved(tmp_path, capsys):
+def test_a_run_is_shown_without_its_torn_images_and_stands_when_they_have_moved(tmp_path, capsys):
     folder = photographs(tmp_path / "photos", 3)
-    (folder / "torn.jpg").write_bytes(b"no picture")
+    (folder / "torn.jpg").write_bytes(b"no image")
     run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
     config = LearnConfig(
         images=str(folder), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, batch_size=4, run=run
@@ -27,4 +27,4 @@ def test_a_run_is_shown_without_its_torn_pictures_and_stands_when_they_have_move
     (run.out / "parts.png").unlink()
     folder.rename(tmp_path / "elsewhere")
     show_parts(config)
-    assert "parts.png was not drawn: no pictures at" in capsys.readouterr().err
+    assert "parts.png was not drawn: no images at" in capsys.readouterr().err
