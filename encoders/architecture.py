@@ -39,22 +39,22 @@ def checked(model: Any, name: str) -> ViT:
 
 
 def embed(
-    model: ViT, pixels: Float[Tensor, "batch 3 size size"], ids_keep: Int64[Tensor, "batch kept"] | None = None
+    model: ViT, pixels: Float[Tensor, "batch 3 size size"], ids_visible: Int64[Tensor, "batch kept"] | None = None
 ) -> tuple[Float[Tensor, "batch tokens dim"], list[Float[Tensor, "..."] | None]]:
     """What the first block reads, and how each block turns the patches (None: it does not).
 
-    A rotation is (heads or 1, patches, 2 · head width); with `ids_keep`, which leaves only those patches and the
+    A rotation is (heads or 1, patches, 2 · head width); with `ids_visible`, which leaves only those patches and the
     prefix, it has a batch axis in front.
     """
     embedded: Any = model._pos_embed(model.patch_embed(pixels))
     x, rotation = embedded if isinstance(model, Eva) else (embedded, None)
     if rotation is not None and not model.rope_mixed:  # mixed: every block and head has its own
         rotation = rotation[None, None]
-    if ids_keep is not None:
-        prefix, index = model.num_prefix_tokens, ids_keep[..., None].expand(-1, -1, x.shape[-1])
+    if ids_visible is not None:
+        prefix, index = model.num_prefix_tokens, ids_visible[..., None].expand(-1, -1, x.shape[-1])
         x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
         if rotation is not None:
-            rotation = rotation[:, :, ids_keep].transpose(1, 2)
+            rotation = rotation[:, :, ids_visible].transpose(1, 2)
     depth = len(model.blocks)
     if rotation is None:
         return model.norm_pre(x), [None] * depth

@@ -87,13 +87,13 @@ class Encoder:
     def __call__(
         self,
         images: UInt8[Tensor, "batch height width 3"],
-        ids_keep: Int64[Tensor, "batch kept"] | None = None,
+        ids_visible: Int64[Tensor, "batch kept"] | None = None,
     ) -> Tokens:
-        """Tokens of a batch; with `ids_keep`, of those patches alone (the model then sees no others)."""
+        """Tokens of a batch; with `ids_visible`, of those patches alone (the model then sees no others)."""
         prefix = self.model.num_prefix_tokens
-        ids_keep = None if ids_keep is None else ids_keep.to(self.device)
+        ids_visible = None if ids_visible is None else ids_visible.to(self.device)
         with autocast(self.device, self.precision):
-            x, rotations = embed(self.model, self.normalised(images), ids_keep)
+            x, rotations = embed(self.model, self.normalised(images), ids_visible)
             seen = attention = x
             for number, (block, rotation) in enumerate(zip(self.blocks, rotations, strict=True)):
                 if number == self.block:

@@ -34,7 +34,7 @@ class PretrainConfig:
     masking: Literal["semmae", "random"] = "semmae"
     """semmae: from three quarters of every part to three quarters of the parts. random: MAE's."""
     mask_ratio: float = 0.75
-    """Share of the kept patches that is hidden."""
+    """Share of the kept patches that is masked."""
     gamma: float = 2.0
     """alpha = progress ** gamma takes the masks from inside parts (0) to whole parts (1)."""
     keep_share: float = 1.0

@@ -69,12 +69,12 @@ class MAE(nn.Module):
         self,
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_hidden: Int64[Tensor, "batch hidden"],
+        ids_masked: Int64[Tensor, "batch masked"],
     ) -> Float[Tensor, ""]:
-        """Mean squared error over the hidden patches' target pixels, in fp32."""
+        """Mean squared error over the masked patches' target pixels, in fp32."""
         patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_hidden)
-        target = gather(patches, ids_hidden).float()
+        predicted = self.predict(patches, ids_visible, ids_masked)
+        target = gather(patches, ids_masked).float()
         if self.norm_pix_loss:
             target = normalised(target)
         return F.mse_loss(predicted.float(), target)
@@ -83,18 +83,18 @@ class MAE(nn.Module):
         self,
         patches: Float[Tensor, "batch patches pixels"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_hidden: Int64[Tensor, "batch hidden"],
-    ) -> Float[Tensor, "batch hidden pixels"]:
-        """The decoder's pixels of the hidden patches."""
+        ids_masked: Int64[Tensor, "batch masked"],
+    ) -> Float[Tensor, "batch masked pixels"]:
+        """The decoder's pixels of the masked patches."""
         latent = self.encode(gather(patches, ids_visible), ids_visible)
         x = self.decoder_embed(latent)
         positions = self.decoder_positions[:, 1:].expand(len(x), -1, -1)
-        hidden = self.mask_token + gather(positions, ids_hidden)
+        masked = self.mask_token + gather(positions, ids_masked)
         seen = x[:, 1:] + gather(positions, ids_visible)
-        x = torch.cat([x[:, :1] + self.decoder_positions[:, :1], seen, hidden.to(x.dtype)], dim=1)
+        x = torch.cat([x[:, :1] + self.decoder_positions[:, :1], seen, masked.to(x.dtype)], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pixels(self.decoder_norm(x[:, -ids_hidden.shape[1] :]))
+        return self.decoder_pixels(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
 
     def encode(
         self, visible: Float[Tensor, "batch visible pixels"], ids_visible: Int64[Tensor, "batch visible"]
@@ -114,21 +114,21 @@ class MAE(nn.Module):
         self,
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_hidden: Int64[Tensor, "batch hidden"],
+        ids_masked: Int64[Tensor, "batch masked"],
     ) -> Float[Tensor, "batch 3 height width"]:
-        """The image with its hidden patches predicted; patches of neither set are 0.
+        """The image with its masked patches predicted; patches of neither set are 0.
 
         With norm_pix_loss a patch's own mean and deviation are put back, as in MAE's images: the network was never
         asked for them, so colours and contrast in such an image are not its work.
         """
         patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_hidden).float()
+        predicted = self.predict(patches, ids_visible, ids_masked).float()
         if self.norm_pix_loss:
-            truth = gather(patches, ids_hidden).float()
+            truth = gather(patches, ids_masked).float()
             variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
             predicted = predicted * (variance + 1e-6).sqrt() + mean
         image = torch.zeros_like(patches)
-        for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_hidden, predicted)):
+        for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_masked, predicted)):
             image.scatter_(1, ids[..., None].expand_as(pixels), pixels.to(image.dtype))
         return unpatchify(image, self.patch)
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.masking.budget import hidden_count, purity
+from pretrain.masking.budget import masked_count, purity
 from pretrain.masking.patches import kept_count
 from pretrain.masking.semmae import alpha_at
 from shards.shard_set import ShardSet
@@ -166,7 +166,7 @@ def train_step(
     mean, std = _mean_and_std(device)
     images = (masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
-        loss = model(images, masked.ids_visible.to(device), masked.ids_hidden.to(device))
+        loss = model(images, masked.ids_visible.to(device), masked.ids_masked.to(device))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -195,11 +195,11 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             "choose another --patch, or extract with another --grid"
         )
     kept = kept_count(side, config.keep_share)
-    hidden = hidden_count(kept, config.mask_ratio)
-    if not 0 < hidden < kept:
+    masked = masked_count(kept, config.mask_ratio)
+    if not 0 < masked < kept:
         raise ValueError(
-            f"--mask-ratio {config.mask_ratio} hides {hidden} of the {kept} patches kept of an image, expected at "
-            "least one hidden and one visible; change it, or choose a smaller --patch or a larger --keep-share"
+            f"--mask-ratio {config.mask_ratio} masks {masked} of the {kept} patches kept of an image, expected at "
+            "least one masked and one visible; change it, or choose a smaller --patch or a larger --keep-share"
         )
     if config.batch_size % distributed.world_size():
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks")

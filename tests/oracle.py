@@ -33,7 +33,7 @@ class Oracle(Encoder):
         middles = images[:, CELL // 2 :: CELL, CELL // 2 :: CELL].float()
         return torch.cdist(middles.flatten(1, 2), PALETTE.float()).argmin(dim=2)
 
-    def __call__(self, images: torch.Tensor, ids_keep: torch.Tensor | None = None) -> Tokens:
+    def __call__(self, images: torch.Tensor, ids_visible: torch.Tensor | None = None) -> Tokens:
         generator = torch.Generator().manual_seed(int(images.long().sum()) % 2**31)
         parts = self.parts_of(images)
         if self.shuffled:

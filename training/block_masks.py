@@ -10,15 +10,15 @@ RECTANGLES = 12
 
 
 def block_masks(batch: int, grid: int, *, share: float, generator: torch.Generator) -> Bool[Tensor, "batch patches"]:
-    """True = hidden; exactly `round(share · grid²)` patches of every image.
+    """True = masked; exactly `round(share · grid²)` patches of every image.
 
     Rectangles of random place, area and aspect are laid one after another until the budget is spent; the last
     one is taken in part, in random order. BEiT (arXiv:2106.08254, algorithm 1) draws until at least the budget
     is covered; an exact count keeps batches rectangular, and drawing all at once keeps the loop out of Python.
     """
-    hidden = round(share * grid * grid)
+    masked = round(share * grid * grid)
     area, aspect, left, top = torch.rand(4, batch, RECTANGLES, generator=generator)
-    area = (4 + (max(4, hidden / 2) - 4) * area).clamp(max=grid * grid)
+    area = (4 + (max(4, masked / 2) - 4) * area).clamp(max=grid * grid)
     aspect = ((2 * aspect - 1) * math.log(3)).exp()
     width, height = (area * aspect).sqrt().clamp(1, grid), (area / aspect).sqrt().clamp(1, grid)
     columns = _inside(left, width.round(), grid)[:, :, None, :]
@@ -26,7 +26,7 @@ def block_masks(batch: int, grid: int, *, share: float, generator: torch.Generat
     covered = (columns & rows).flatten(2)
     first = torch.where(covered, torch.arange(RECTANGLES)[:, None], RECTANGLES).amin(dim=1)
     order = (first + torch.rand(batch, grid * grid, generator=generator)).argsort(dim=1)
-    return torch.zeros(batch, grid * grid, dtype=torch.bool).scatter_(1, order[:, :hidden], True)
+    return torch.zeros(batch, grid * grid, dtype=torch.bool).scatter_(1, order[:, :masked], True)
 
 
 def _inside(place: Tensor, length: Tensor, grid: int) -> Bool[Tensor, "batch rectangles grid"]:

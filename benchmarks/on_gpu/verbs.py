@@ -94,7 +94,7 @@ def _masks(bench: Bench) -> Iterator[Row]:
             for alpha in (0.0, 0.3, 0.5, 1.0):
                 ours = against_cpu.masked_batch(bench, config, CPU, alpha)
                 theirs = against_cpu.masked_batch(bench, config, torch.device(bench.device), alpha)
-                for name in ("mask", "ids_visible", "ids_hidden"):
+                for name in ("mask", "ids_visible", "ids_masked"):
                     equal += (getattr(ours, name) == getattr(theirs, name).cpu()).all(dim=1).tolist()
     yield exact("equal_masks", float(np.mean(equal)), "share", len(equal))
 

@@ -37,7 +37,7 @@ class EncoderConfig:
     prototypes: int = 4096
     """Outputs of the projection head, shared by class and patch tokens."""
     mask_share: float = 0.3
-    """Share of a global crop's patches hidden from the student, in block-shaped pieces."""
+    """Share of a global crop's patches masked for the student, in block-shaped pieces."""
     epochs: int = 100
     """Passes over the images; 0 leaves an untrained encoder, for a control."""
     batch_size: int = 256

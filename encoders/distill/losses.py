@@ -83,11 +83,11 @@ def class_loss(
 
 
 def patch_loss(
-    student: Float[Tensor, "hidden prototypes"], teacher: Float[Tensor, "hidden prototypes"]
+    student: Float[Tensor, "masked prototypes"], teacher: Float[Tensor, "masked prototypes"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy at the patches hidden from the student, where the teacher sees: iBOT (arXiv:2111.07832), eq. 2.
+    """Cross-entropy at the patches masked for the student, where the teacher sees: iBOT (arXiv:2111.07832), eq. 2.
 
-    The mean over patches is the paper's mean over images, because every image hides equally many.
+    The mean over patches is the paper's mean over images, because every image has equally many masked.
     """
     return -(teacher * (student.float() / STUDENT_TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1).mean()
 

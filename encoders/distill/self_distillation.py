@@ -17,7 +17,7 @@ from training.schedule import cosine
 
 
 class StudentTeacher(Objective):
-    """DINO (arXiv:2104.14294) on class tokens and iBOT (arXiv:2111.07832) on hidden patches, one head for both."""
+    """DINO (arXiv:2104.14294) on class tokens and iBOT (arXiv:2111.07832) on masked patches, one head for both."""
 
     saved = "teacher"
 
@@ -43,11 +43,11 @@ class StudentTeacher(Objective):
                 class_logits = self.teacher_head(seen[:, 0])
                 patch_logits = self.teacher_head(seen[:, 1:][crops.masks])
             tokens = vit_tokens(self.student, crops.global_crops, crops.masks, self.mask_token)
-            classes, hidden = [tokens[:, 0]], tokens[:, 1:][crops.masks]
+            classes, masked = [tokens[:, 0]], tokens[:, 1:][crops.masks]
             if len(crops.local_crops):
                 classes.append(vit_tokens(self.student, crops.local_crops)[:, 0])
             class_guesses = self.student_head(torch.cat(classes)).unflatten(0, (-1, len(images)))
-            patch_guesses = self.student_head(hidden) if len(hidden) else None
+            patch_guesses = self.student_head(masked) if len(masked) else None
         class_targets = targets(class_logits, self.class_centre)
         self.class_centre.copy_(moved_centre(self.class_centre, class_logits))
         of_class = class_loss(class_guesses, class_targets.unflatten(0, (GLOBAL_CROPS, len(images))))

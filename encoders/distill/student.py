@@ -89,7 +89,7 @@ def vit_tokens(
     masks: Bool[Tensor, "batch patches"] | None = None,
     mask_token: Float[Tensor, " dim"] | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Class and patch tokens after the final norm; hidden patches enter as the mask token at their positions."""
+    """Class and patch tokens after the final norm; masked patches enter as the mask token at their positions."""
     x = model.patch_embed(images)
     if masks is not None and mask_token is not None:
         x = torch.where(masks.reshape(x.shape[:3])[..., None], mask_token.to(x.dtype), x)

@@ -35,7 +35,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
     def rebuilt(masked: Masked) -> np.ndarray:
-        image = model.reconstruct(pixels, masked.ids_visible, masked.ids_hidden) * std + mean
+        image = model.reconstruct(pixels, masked.ids_visible, masked.ids_masked) * std + mean
         return (image.permute(0, 2, 3, 1).numpy() * 255).clip(0, 255)
 
     columns = [
@@ -67,7 +67,7 @@ def _pick(shards: ShardSet, seed: int) -> Batch:
 
 
 def _with_holes(images: np.ndarray, masked: Masked, side: int) -> np.ndarray:
-    """What the encoder sees: hidden patches, and those that take no part, are blank."""
+    """What the encoder sees: masked patches, and those that take no part, are blank."""
     seen = torch.zeros(len(images), side * side).scatter_(1, masked.ids_visible, 1.0).reshape(-1, side, side, 1)
     window = enlarged(seen.numpy(), images.shape[1])
     return images * window + HIDDEN * (1 - window)

@@ -1,4 +1,4 @@
-"""The masks of a batch: stored labels and keyed random numbers in, visible and hidden patches out."""
+"""The masks of a batch: stored labels and keyed random numbers in, visible and masked patches out."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Masked:
 
     images: UInt8[Tensor, "batch height width 3"]
     ids_visible: Int64[Tensor, "batch visible"]
-    ids_hidden: Int64[Tensor, "batch hidden"]
+    ids_masked: Int64[Tensor, "batch masked"]
     mask: Bool[Tensor, "batch kept"]
     labels: Int64[Tensor, "batch kept"]
 

@@ -5,17 +5,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def hidden_count(patches: int, mask_ratio: float) -> int:
-    """M: MAE keeps int(L (1 - r)) patches and hides the rest; 147 of 196 at 0.75."""
+def masked_count(patches: int, mask_ratio: float) -> int:
+    """M: MAE keeps int(L (1 - r)) patches and masks the rest; 147 of 196 at 0.75."""
     return patches - int(patches * (1 - mask_ratio))
 
 
 def purity(
     mask: Bool[Tensor, "batch patches"], labels: Int64[Tensor, "batch patches"], groups: int
 ) -> Float[Tensor, ""]:
-    """Share of non-empty parts that are hidden whole or not at all: near 0 at alpha 0, at least (K-1)/K at 1."""
+    """Share of non-empty parts that are masked whole or not at all: near 0 at alpha 0, at least (K-1)/K at 1."""
     sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
-    hidden = sizes.scatter_add(1, labels, mask.long())
+    masked = sizes.scatter_add(1, labels, mask.long())
     sizes = sizes.scatter_add(1, labels, torch.ones_like(labels))
     there = sizes > 0
-    return (((hidden == 0) | (hidden == sizes)) & there).sum() / there.sum().clamp(min=1)
+    return (((masked == 0) | (masked == sizes)) & there).sum() / there.sum().clamp(min=1)

@@ -39,8 +39,8 @@ def kept_count(side: int, share: float) -> int:
 
 def split(
     kept: Int64[Tensor, "batch kept"], mask: Tensor
-) -> tuple[Int64[Tensor, "batch visible"], Int64[Tensor, "batch hidden"]]:
-    """Patch indices the encoder sees and those it does not; every row of `mask` hides the same count."""
+) -> tuple[Int64[Tensor, "batch visible"], Int64[Tensor, "batch masked"]]:
+    """Patch indices the encoder sees and those it does not; every row of `mask` masks the same count."""
     order = mask.long().argsort(dim=1, stable=True)
     visible = int((~mask[0]).sum())
     ordered = kept.gather(1, order)

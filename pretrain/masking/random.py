@@ -3,10 +3,10 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pretrain.masking.budget import hidden_count
+from pretrain.masking.budget import masked_count
 
 
 def random_masking(noise: Float[Tensor, "batch patches"], *, mask_ratio: float) -> Bool[Tensor, "batch patches"]:
-    """MAE's masking (arXiv:2111.06377): the M patches of least noise; True = hidden."""
+    """MAE's masking (arXiv:2111.06377): the M patches of least noise; True = masked."""
     ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
-    return ranks < hidden_count(noise.shape[1], mask_ratio)
+    return ranks < masked_count(noise.shape[1], mask_ratio)

@@ -1,4 +1,4 @@
-"""Which patches are hidden: functions of labels and noise, with the same count in every row.
+"""Which patches are masked: functions of labels and noise, with the same count in every row.
 
 Randomness enters as numbers. Keyed by (seed, epoch, image), they give an image the same mask on any number of
 ranks, in any order and after any resume.
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from pretrain.masking.budget import hidden_count
+from pretrain.masking.budget import masked_count
 
 
 def alpha_at(progress: float, gamma: float) -> float:
@@ -27,30 +27,30 @@ def semantic_masking(
     mask_ratio: float,
     alpha: float,
 ) -> Bool[Tensor, "batch patches"]:
-    """SemMAE's masking (arXiv:2206.10207, Algorithm 1): M patches hidden, shared out over the parts, and inside a
-    part those of least noise; True = hidden.
+    """SemMAE's masking (arXiv:2206.10207, Algorithm 1): M patches masked, shared out over the parts, and inside a
+    part those of least noise; True = masked.
 
     Args:
         labels: Part of each patch, below `groups`; parts may be empty.
         noise: In [0, 1); picks the patches inside a part.
-        part_order: Noise that orders the parts; the lowest goes first when parts are hidden whole.
-        alpha: 0 hides the same share of every part, 1 hides whole parts.
+        part_order: Noise that orders the parts; the lowest goes first when parts are masked whole.
+        alpha: 0 masks the same share of every part, 1 masks whole parts.
     """
     groups = part_order.shape[1]
     sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
     sizes.scatter_add_(1, labels, torch.ones_like(labels))
     order = part_order.argsort(dim=1, stable=True)
-    hidden = masked_per_part(sizes, order, hidden_count(labels.shape[1], mask_ratio), alpha)
+    masked = masked_per_part(sizes, order, masked_count(labels.shape[1], mask_ratio), alpha)
     sequence = (2 * labels + noise).argsort(dim=1, stable=True)
     place = sequence.argsort(dim=1)
     before = sizes.cumsum(dim=1) - sizes
-    return place - before.gather(1, labels) < hidden.gather(1, labels)
+    return place - before.gather(1, labels) < masked.gather(1, labels)
 
 
 def masked_per_part(
-    sizes: Int64[Tensor, "batch groups"], order: Int64[Tensor, "batch groups"], hidden: int, alpha: float
+    sizes: Int64[Tensor, "batch groups"], order: Int64[Tensor, "batch groups"], masked: int, alpha: float
 ) -> Int64[Tensor, "batch groups"]:
-    """How many patches of each part are hidden; a row sums to `hidden` exactly.
+    """How many patches of each part are masked; a row sums to `masked` exactly.
 
         num1 = n · M / L                               the same share of every part        (line 1)
         num2 = min(n, max(0, M - sum of the parts before it))    whole parts in `order`    (lines 2 to 6)
@@ -61,13 +61,13 @@ def masked_per_part(
     overflows.
     """
     patches = sizes.sum(dim=1, keepdim=True).clamp(min=1)
-    inside = sizes.double() * hidden / patches
+    inside = sizes.double() * masked / patches
     permuted = sizes.gather(1, order)
-    left = (hidden - (permuted.cumsum(dim=1) - permuted)).clamp(min=0)
+    left = (masked - (permuted.cumsum(dim=1) - permuted)).clamp(min=0)
     whole = torch.zeros_like(sizes).scatter_(1, order, torch.minimum(left, permuted))
     wanted = (1 - alpha) * inside + alpha * whole
     floors = (wanted + 1e-9).floor()
     remainders = ((wanted - floors) * 1e9).round()  # ties of exact arithmetic stay ties
-    missing = hidden - floors.sum(dim=1, keepdim=True)
+    missing = masked - floors.sum(dim=1, keepdim=True)
     rank = remainders.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (floors + (rank < missing)).long()

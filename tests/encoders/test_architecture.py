@@ -79,19 +79,19 @@ def test_tokens_and_class_attention_are_timms_own_without_the_registers(name, fi
 def test_kept_patches_are_encoded_as_if_the_others_could_not_be_read(name, files):
     encoder = load_encoder(files[name], grid=GRID, precision="fp32")
     images, prefix = squares(encoder), encoder.model.num_prefix_tokens
-    ids_keep = torch.stack([torch.tensor([7, 2, 11, 0, 14]), torch.tensor([3, 15, 4, 9, 8])])
+    ids_visible = torch.stack([torch.tensor([7, 2, 11, 0, 14]), torch.tensor([3, 15, 4, 9, 8])])
     readable = torch.zeros(2, 1, 1, prefix + GRID**2, dtype=torch.bool)
     readable[..., :prefix] = True
-    readable[:, 0, 0].scatter_(1, prefix + ids_keep, True)
+    readable[:, 0, 0].scatter_(1, prefix + ids_visible, True)
 
-    ours = encoder(images, ids_keep)
+    ours = encoder(images, ids_visible)
 
     tokens, block, attention = timms_own(encoder, images, readable.expand(-1, -1, readable.shape[-1], -1))
     rows = torch.arange(2)[:, None]
     assert close(ours.class_token, tokens[:, 0])
-    assert close(ours.patch_tokens, tokens[rows, prefix + ids_keep])
-    assert close(ours.block_tokens[:, 1:], block[rows, prefix + ids_keep])
-    assert close(ours.class_attention, attention[:, :, 0].transpose(1, 2)[rows, prefix + ids_keep].transpose(1, 2))
+    assert close(ours.patch_tokens, tokens[rows, prefix + ids_visible])
+    assert close(ours.block_tokens[:, 1:], block[rows, prefix + ids_visible])
+    assert close(ours.class_attention, attention[:, :, 0].transpose(1, 2)[rows, prefix + ids_visible].transpose(1, 2))
 
 
 def test_learned_positions_beside_registers_are_resized_and_the_prefix_has_none(files):

@@ -146,7 +146,7 @@ def test_boxes_lie_inside_and_are_no_larger_than_asked(low, seed):
 
 
 @given(grid=st.integers(2, 14), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_masks_hide_exactly_their_share(grid, share, seed):
+def test_masks_mask_exactly_their_share(grid, share, seed):
     masks = block_masks(3, grid, share=share, generator=seeded(seed))
 
     assert (masks.sum(dim=1) == round(share * grid * grid)).all()
@@ -157,7 +157,7 @@ def test_masks_come_in_blocks():
 
     neighbour_hidden = masks[:, :, 1:][masks[:, :, :-1]].float().mean()
 
-    assert neighbour_hidden > 0.6  # 0.3 if patches were hidden one by one
+    assert neighbour_hidden > 0.6  # 0.3 if patches were masked one by one
 
 
 def test_colours_keep_their_range_and_each_image_has_its_own():

@@ -35,7 +35,7 @@ def test_positions_are_maes_formula():
                 assert token[[4 + k, 6 + k]].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_with_nothing_hidden_the_encoder_is_timms_own(model):
+def test_with_nothing_masked_the_encoder_is_timms_own(model):
     images = torch.randn(2, 3, 32, 32)
     everything = torch.arange(16).expand(2, -1)
 
@@ -57,31 +57,31 @@ def test_a_patch_is_embedded_wherever_it_stands_in_the_list(model):
 def test_patches_outside_both_lists_do_not_matter(model):
     """Keep-quarter: the loss on a quarter is that of any image which agrees there."""
     images, other = torch.randn(2, 2, 3, 32, 32)
-    visible, hidden = torch.tensor([[0, 5], [3, 4]]), torch.tensor([[10, 11], [1, 15]])
+    visible, masked = torch.tensor([[0, 5], [3, 4]]), torch.tensor([[10, 11], [1, 15]])
     mixed = patchify(other, 8)
-    for ids in (visible, hidden):
+    for ids in (visible, masked):
         index = ids[..., None].expand(-1, -1, mixed.shape[-1])
         mixed.scatter_(1, index, patchify(images, 8).gather(1, index))
 
-    assert torch.allclose(model(images, visible, hidden), model(unpatchify(mixed, 8), visible, hidden), atol=1e-6)
+    assert torch.allclose(model(images, visible, masked), model(unpatchify(mixed, 8), visible, masked), atol=1e-6)
 
 
-def test_hidden_pixels_do_not_reach_the_prediction(model):
-    images, visible, hidden = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5, 6]]), torch.tensor([[1, 2, 3]])
+def test_masked_pixels_do_not_reach_the_prediction(model):
+    images, visible, masked = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5, 6]]), torch.tensor([[1, 2, 3]])
     patches = patchify(images, 8)
     changed = patches.clone()
     changed[:, [1, 2, 3]] += 1
 
-    assert torch.equal(model.predict(patches, visible, hidden), model.predict(changed, visible, hidden))
+    assert torch.equal(model.predict(patches, visible, masked), model.predict(changed, visible, masked))
 
 
 def test_the_decoder_sees_each_token_at_its_own_place_as_in_mae(model):
     """MAE lays all tokens out on the grid, mask tokens in the gaps, and adds the whole position table."""
     images, ids = torch.randn(2, 3, 32, 32), torch.stack([torch.randperm(16), torch.randperm(16)])
-    visible, hidden = ids[:, :4], ids[:, 4:]
+    visible, masked = ids[:, :4], ids[:, 4:]
     patches = patchify(images, 8)
 
-    predicted = model.predict(patches, visible, hidden)
+    predicted = model.predict(patches, visible, masked)
 
     for b in range(2):
         chosen = patches[b : b + 1, visible[b]]
@@ -93,7 +93,7 @@ def test_the_decoder_sees_each_token_at_its_own_place_as_in_mae(model):
         for block in model.decoder_blocks:
             x = block(x)
         whole = model.decoder_pixels(model.decoder_norm(x))[0, 1:]
-        assert torch.allclose(predicted[b], whole[hidden[b]], atol=1e-5)
+        assert torch.allclose(predicted[b], whole[masked[b]], atol=1e-5)
 
 
 def test_a_kept_quarter_is_a_full_grid_with_the_other_patches_barred(model):
@@ -112,16 +112,16 @@ def test_a_kept_quarter_is_a_full_grid_with_the_other_patches_barred(model):
 
 
 def test_the_loss_is_its_definition_a_patch_at_a_time(model):
-    images, visible, hidden = (
+    images, visible, masked = (
         torch.randn(2, 3, 32, 32),
         torch.arange(4).expand(2, -1),
         torch.arange(4, 16).expand(2, -1),
     )
 
-    loss = model(images, visible, hidden)
+    loss = model(images, visible, masked)
 
     patches = patchify(images, 8)
-    predicted, total = model.predict(patches, visible, hidden), 0.0
+    predicted, total = model.predict(patches, visible, masked), 0.0
     for b in range(2):
         for place, patch in enumerate(range(4, 16)):
             pixels = patches[b, patch]
@@ -131,9 +131,9 @@ def test_the_loss_is_its_definition_a_patch_at_a_time(model):
 
 
 def test_a_reconstruction_keeps_what_was_visible(model):
-    images, visible, hidden = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5]]), torch.tensor([[1, 2]])
+    images, visible, masked = torch.randn(1, 3, 32, 32), torch.tensor([[0, 5]]), torch.tensor([[1, 2]])
 
-    rebuilt = patchify(model.reconstruct(images, visible, hidden), 8)
+    rebuilt = patchify(model.reconstruct(images, visible, masked), 8)
 
     assert torch.equal(rebuilt[0, [0, 5]], patchify(images, 8)[0, [0, 5]])
     assert (rebuilt[0, 7] == 0).all()
@@ -173,8 +173,8 @@ def test_the_quarter_best_in_foreground_leaves_49_of_196_visible():
 
     kept = best_patches(fgrank, 28, 0.25)
     mask = torch.arange(196)[None] < 147
-    visible, hidden = split(kept, mask)
+    visible, masked = split(kept, mask)
 
     assert sorted(fgrank.flatten()[kept[0]].tolist()) == list(range(196))
-    assert (visible.shape[1], hidden.shape[1]) == (49, 147)
-    assert sorted(torch.cat([visible, hidden], dim=1)[0].tolist()) == kept[0].tolist()
+    assert (visible.shape[1], masked.shape[1]) == (49, 147)
+    assert sorted(torch.cat([visible, masked], dim=1)[0].tolist()) == kept[0].tolist()

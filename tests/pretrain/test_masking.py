@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.algorithm1 import counts, mask_of
 
-from pretrain.masking.budget import hidden_count, purity
+from pretrain.masking.budget import masked_count, purity
 from pretrain.masking.random import random_masking
 from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_masking
 
@@ -48,7 +48,7 @@ def test_the_worked_table_of_the_method_page(order, alpha, expected):
 
     found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), 37, alpha)
 
-    assert hidden_count(49, 0.75) == 37
+    assert masked_count(49, 0.75) == 37
     assert found[0].tolist() == expected
 
 
@@ -60,15 +60,15 @@ def test_the_worked_table_of_the_method_page(order, alpha, expected):
 )
 def test_counts_are_those_of_the_loop(sizes, ratio, numerator, data):
     order = data.draw(st.permutations(range(len(sizes))))
-    hidden = hidden_count(sum(sizes), ratio)
+    masked = masked_count(sum(sizes), ratio)
 
-    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), hidden, numerator / 8)
+    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), masked, numerator / 8)
 
-    assert found[0].tolist() == counts(sizes, list(order), hidden, Fraction(numerator, 8))
+    assert found[0].tolist() == counts(sizes, list(order), masked, Fraction(numerator, 8))
 
 
 @given(sizes=awkward_sizes, ratio=st.floats(0.05, 0.95), alpha=st.floats(0, 1), seed=st.integers(0, 99))
-def test_every_image_hides_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
+def test_every_image_masks_the_same_count_and_no_part_overdraws(sizes, ratio, alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.cat([labels_of(sizes, seed), labels_of(sizes[::-1], seed), torch.zeros(1, sum(sizes)).long()])
 
@@ -80,7 +80,7 @@ def test_every_image_hides_the_same_count_and_no_part_overdraws(sizes, ratio, al
         alpha=alpha,
     )
 
-    assert (mask.sum(dim=1) == hidden_count(sum(sizes), ratio)).all()
+    assert (mask.sum(dim=1) == masked_count(sum(sizes), ratio)).all()
 
 
 @given(sizes=awkward_sizes, ratio=st.sampled_from([0.25, 0.75, 0.9]), eighths=st.integers(0, 8), data=st.data())
@@ -91,8 +91,8 @@ def test_the_mask_is_the_loops_patch_by_patch(sizes, ratio, eighths, data):
 
     mask = semantic_masking(labels, noise, noise_of(order), mask_ratio=ratio, alpha=eighths / 8)
 
-    hidden = counts(sizes, list(order), hidden_count(sum(sizes), ratio), Fraction(eighths, 8))
-    assert mask[0].tolist() == mask_of(labels[0].tolist(), noise[0].tolist(), hidden)
+    masked = counts(sizes, list(order), masked_count(sum(sizes), ratio), Fraction(eighths, 8))
+    assert mask[0].tolist() == mask_of(labels[0].tolist(), noise[0].tolist(), masked)
 
 
 def test_more_groups_than_patches_is_fine():
@@ -117,7 +117,7 @@ def test_at_alpha_1_at_most_one_part_is_cut(sizes, seed):
     )
 
     found = masked_counts(mask, labels, len(sizes))
-    assert sum(0 < hidden < size for hidden, size in zip(found, sizes, strict=True)) <= 1
+    assert sum(0 < masked < size for masked, size in zip(found, sizes, strict=True)) <= 1
     there = sum(size > 0 for size in sizes)
     assert purity(mask, labels, len(sizes)).item() >= (there - 1) / there - 1e-6
 
@@ -142,7 +142,7 @@ def test_a_mask_depends_on_its_own_row_alone():
         assert torch.equal(alone[0], together[row])
 
 
-def test_random_masking_hides_the_least_noise():
+def test_random_masking_masks_the_least_noise():
     noise = torch.rand(5, 196)
 
     mask = random_masking(noise, mask_ratio=0.75)

@@ -101,7 +101,7 @@ def test_semantic_masking_without_labels_is_refused(make_shards, tmp_path):
 
 
 def test_a_mask_that_leaves_nothing_visible_is_refused(make_shards, tmp_path):
-    with pytest.raises(ValueError, match="hides 16 of the 16 patches"):
+    with pytest.raises(ValueError, match="masks 16 of the 16 patches"):
         pretrain(config(make_shards().path, tmp_path / "run", mask_ratio=0.97))
 
 

@@ -43,7 +43,7 @@ def test_class_loss_is_dinos_double_loop():
     assert losses.class_loss(student, teacher).item() == pytest.approx(slow.class_loss(student, teacher), rel=1e-4)
 
 
-def test_patch_loss_is_the_mean_cross_entropy_at_hidden_patches():
+def test_patch_loss_is_the_mean_cross_entropy_at_masked_patches():
     student, teacher = torch.randn(9, 7), distribution(9, 7)
 
     assert losses.patch_loss(student, teacher).item() == pytest.approx(slow.patch_loss(student, teacher), rel=1e-4)
