@@ -11,7 +11,7 @@ from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.crops import View, Views
 from partlearn.initialise import start
-from partlearn.train import new_learner, new_optimiser, train_step
+from partlearn.train import new_learner, new_optimizer, train_step
 from training.config import RunConfig
 from training.device import pick_device
 
@@ -34,14 +34,14 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
     encoder = load_encoder(ENCODER, grid=grid, device=device, precision=run.precision)
     config = LearnConfig(images=images, encoder=ENCODER, grid=grid, paper=True, views=0, batch_size=BATCH, run=run)
     learner = new_learner(config, encoder).to(device)
-    optimiser = new_optimiser(learner, config)
+    optimizer = new_optimizer(learner, config)
     views = Views(config, encoder, listed)
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
         view = next(batches)
 
     def step(seen: View) -> None:
-        train_step(learner, optimiser, config, encoder, seen)
+        train_step(learner, optimizer, config, encoder, seen)
 
     cases = [
         Case("encoder_forward", _repeated(lambda: encoder(view.pixels))),

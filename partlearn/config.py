@@ -82,8 +82,8 @@ class LearnConfig:
     """Updates; unless told, none from the k-means start (none gained anything that was measured) and else 1,000."""
     batch_size: int = 64
     """Images a step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    base_lr: float = 4e-3
+    """Learning rate at 256 images a step; scales with the batch."""
     decoder_size: int = 112
     """Side of the rebuilt image in pixels (target pixels): the grid's side times a power of two."""
     seed: int = 0
@@ -182,7 +182,7 @@ class ExtractConfig:
     """Images the models see at once; never straddles shards."""
     backend: Literal["ray", "local"] = "ray"
     """ray starts or joins a cluster; local needs none."""
-    workers: int = 0
+    num_workers: int = 0
     """Ray actors; 0 = one a GPU, or one for every two CPUs where there are none."""
     gpus_per_worker: float = 1.0
     """GPU share of an actor, where the cluster has GPUs."""

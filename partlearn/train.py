@@ -84,13 +84,13 @@ def _train(
         precision=config.run.precision,
     )
     learner = new_learner(config, encoder).to(device)
-    optimiser = new_optimiser(learner, config)
+    optimizer = new_optimizer(learner, config)
     step, resumed = 0, checkpoint.newest(run.path)
     if resumed:
         learner.load_state_dict(checkpoint.load_tensors(resumed / "model.safetensors")[0])
         learner.attention.prototypes.requires_grad_(config.init == "kmeans")
         state = checkpoint.load_state(resumed)
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     views = Views(config, encoder, images)
     if not resumed:
@@ -103,14 +103,17 @@ def _train(
     if not config.updates:
         figures = over_ranks(_start_health(learner, next(batches)), device)
         metrics.log(0, **figures)
-        _save(run, 0, learner, encoder, optimiser)
+        _save(run, 0, learner, encoder, optimizer)
     end = min(config.updates, stop_after_steps or config.updates)
     while step < end:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, peak=config.lr, warmup_steps=min(500, config.updates // 10), total_steps=config.updates
+                step,
+                peak=config.base_lr * config.batch_size / 256,
+                warmup_steps=min(500, config.updates // 10),
+                total_steps=config.updates,
             )
-        loss, parts_of_loss, maps, cells = train_step(learner, optimiser, config, encoder, next(batches))
+        loss, parts_of_loss, maps, cells = train_step(learner, optimizer, config, encoder, next(batches))
         if step % LOG_EVERY == 0 or step == config.updates - 1:
             figures = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
             figures = over_ranks(figures, device)
@@ -118,7 +121,7 @@ def _train(
         step += 1
         progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
         if clock.due() or step == end:
-            _save(run, step, learner, encoder, optimiser)
+            _save(run, step, learner, encoder, optimizer)
     progress.close()
     metrics.close()
     for complaint in complaints(figures, config.parts, trained=step > 0) if distributed.is_main() else ():
@@ -136,7 +139,7 @@ def _train(
 
 
 def train_step(
-    learner: PartLearner, optimiser: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: View
+    learner: PartLearner, optimizer: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: View
 ) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
     """One update from this rank's block of the batch; returns what `_loss` does.
 
@@ -145,12 +148,12 @@ def train_step(
     """
     outcome = _loss(learner, config, encoder, view)
     if not torch.isfinite(outcome[0]):
-        raise FloatingPointError(f"the loss became {outcome[0].item()}; lower --lr or use --precision fp32")
-    optimiser.zero_grad()
+        raise FloatingPointError(f"the loss became {outcome[0].item()}; lower --base-lr or use --precision fp32")
+    optimizer.zero_grad()
     outcome[0].backward()
     distributed.average_gradients(learner.parameters())
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-    optimiser.step()
+    optimizer.step()
     return outcome
 
 
@@ -237,12 +240,12 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         return PartLearner(shape)
 
 
-def new_optimiser(learner: PartLearner, config: LearnConfig) -> torch.optim.AdamW:
+def new_optimizer(learner: PartLearner, config: LearnConfig) -> torch.optim.AdamW:
     """AdamW with a weight decay of 0.01 on matrices, none on biases, scales and prototypes."""
     matrices = [p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(("bias", "prototypes"))]
     others = [p for n, p in learner.named_parameters() if p.ndim <= 1 or n.endswith(("bias", "prototypes"))]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=config.base_lr * config.batch_size / 256, betas=(0.9, 0.99))
 
 
 def _save(
@@ -250,7 +253,7 @@ def _save(
     step: int,
     learner: PartLearner,
     encoder: Encoder,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     if not distributed.is_main():
         return
@@ -262,5 +265,5 @@ def _save(
         step,
         tensors,
         metadata={"learner": shape, "encoder": encoder.description, "learner_sha256": digest},
-        state={"optimiser": optimiser.state_dict()},
+        state={"optimizer": optimizer.state_dict()},
     )

@@ -24,8 +24,8 @@ def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
     """Train a small ViT on a folder of images: by self-distillation (DINO + iBOT), or from a larger encoder.
 
     For domains without a ready or a fast encoder. For example:
-      semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --dim 192 --depth 6 --heads 3
-      semmae encoder --images photos/ --teacher timm:vit_small_patch14_dinov2=FILE --out runs/small --dim 192 --heads 3
+      semmae encoder --images photos/ --out runs/encoder --size 96 --local-size 48 --patch 8 --embed-dim 192 --depth 6 --heads 3
+      semmae encoder --images photos/ --teacher timm:vit_small_patch14_dinov2=FILE --out runs/small --embed-dim 192 --heads 3
     """
     from encoders.distill.train import distill
 
@@ -204,14 +204,14 @@ def _sentence(error: Exception) -> str:
     return text or f"{type(error).__name__} (run again with --debug for the traceback)"
 
 
-def _train(function: Any, config: Any, backend: str, workers: int) -> None:
+def _train(function: Any, config: Any, backend: str, num_workers: int) -> None:
     if backend == "local":
         _say(function(config))
         return
     from pipeline.cluster.connect import train_on_ray
     from shards.atomic import read_json
 
-    train_on_ray(function, config, workers=workers)
+    train_on_ray(function, config, num_workers=num_workers)
     _say(read_json(Path(config.run.out) / "DONE.json"))
 
 

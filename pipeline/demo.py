@@ -64,7 +64,7 @@ class Stages:
             local_size=32,
             local_crops=2,
             patch=PATCH,
-            dim=128,
+            embed_dim=128,
             depth=4,
             heads=4,
             prototypes=256,

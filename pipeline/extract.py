@@ -23,7 +23,7 @@ from training.device import pick_device
 from training.progress import Progress
 from training.run_folder import as_json, git_state, package_versions
 
-HOW = ("run", "backend", "workers", "gpus_per_worker", "retry_failed")
+HOW = ("run", "backend", "num_workers", "gpus_per_worker", "retry_failed")
 """Fields that say how a set is built, not what it is."""
 
 
@@ -213,7 +213,9 @@ def _on_ray(
     connect()
     truth = labeller if isinstance(labeller, TruthLabeller) else None
     arguments = (config, ray.put(source), plan_digest, truth)
-    return build_on_ray(numbers, Builder, arguments, workers=config.workers, gpus_per_worker=config.gpus_per_worker)
+    return build_on_ray(
+        numbers, Builder, arguments, num_workers=config.num_workers, gpus_per_worker=config.gpus_per_worker
+    )
 
 
 class Builder:

@@ -260,7 +260,7 @@ def _save(
         step,
         model.state_dict(),
         metadata={"vit": vit, "mae": mae, "data_fingerprint": stream.shards.identity},
-        state={"optimiser": optimizer.state_dict(), "stream": stream.state(step * config.batch_size)},
+        state={"optimizer": optimizer.state_dict(), "stream": stream.state(step * config.batch_size)},
     )
 
 
@@ -271,6 +271,6 @@ def _resume(run: RunFolder, model: MAE, optimizer: torch.optim.Optimizer, stream
         return 0
     model.load_state_dict(checkpoint.load_tensors(newest / "model.safetensors")[0])
     state = checkpoint.load_state(newest)
-    optimizer.load_state_dict(state["optimiser"])
+    optimizer.load_state_dict(state["optimizer"])
     stream.resume(state["stream"])
     return state["step"]

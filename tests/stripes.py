@@ -9,8 +9,8 @@ from encoders.distill.config import EncoderConfig
 from training.config import RunConfig
 
 TINY = {
-    "size": 16, "local_size": 8, "local_crops": 2, "patch": 4, "dim": 32, "depth": 2, "heads": 2, "prototypes": 32,
-    "epochs": 4, "batch_size": 16, "base_lr": 0.02, "warmup_epochs": 0.5, "teacher_momentum": 0.9,
+    "size": 16, "local_size": 8, "local_crops": 2, "patch": 4, "embed_dim": 32, "depth": 2, "heads": 2,
+    "prototypes": 32, "epochs": 4, "batch_size": 16, "base_lr": 0.02, "warmup_epochs": 0.5, "teacher_momentum": 0.9,
 }  # fmt: skip
 
 

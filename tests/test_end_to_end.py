@@ -47,7 +47,7 @@ ENCODER = [
     "2",
     "--patch",
     "8",
-    "--dim",
+    "--embed-dim",
     "32",
     "--depth",
     "2",

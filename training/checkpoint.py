@@ -46,7 +46,7 @@ def save(
     Args:
         tensors: The model, saved as model.safetensors without pickle.
         metadata: Everything needed to rebuild the model; each value becomes JSON in the file's header.
-        state: What resuming needs besides the model (optimiser, step, generators), saved as state.pt.
+        state: What resuming needs besides the model (optimizer, step, generators), saved as state.pt.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     if final.is_dir():

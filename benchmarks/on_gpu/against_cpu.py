@@ -20,7 +20,8 @@ from partlearn.config import LearnConfig
 from partlearn.crops import View, Views
 from partlearn.initialise import start
 from partlearn.learner import PartLearner
-from partlearn.train import new_learner, new_optimiser
+from partlearn.train import new_learner
+from partlearn.train import new_optimizer as learn_optimizer
 from partlearn.train import train_step as learn_step
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
@@ -106,7 +107,7 @@ def learn_parts_step(bench: Bench, device: torch.device, precision: str, *, pape
     learner.attention.prototypes.requires_grad_(not paper)
     learner.to(device)
     pixels = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
-    loss = learn_step(learner, new_optimiser(learner, config), config, encoder, View(pixels, encoder(pixels)))[0]
+    loss = learn_step(learner, learn_optimizer(learner, config), config, encoder, View(pixels, encoder(pixels)))[0]
     return loss.item(), gradients(learner.parameters())
 
 
@@ -127,7 +128,7 @@ def encoder_config(bench: Bench, out: Path, *, teacher: str | None = None, preci
         size=112,
         local_size=48,
         local_crops=2,
-        dim=64 if bench.rehearse else 192,
+        embed_dim=64 if bench.rehearse else 192,
         depth=1 if bench.rehearse else 4,
         heads=2,
         prototypes=128,

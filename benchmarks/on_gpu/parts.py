@@ -26,7 +26,7 @@ from partlearn.config import LearnConfig
 from partlearn.crops import Views
 from partlearn.initialise import start
 from partlearn.labelling.learned import Labeller
-from partlearn.train import learn, new_learner, new_optimiser, train_step
+from partlearn.train import learn, new_learner, new_optimizer, train_step
 from shards.atomic import read_json
 from shards.images import list_images
 from training.config import RunConfig
@@ -130,7 +130,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
         config.encoder, grid=config.grid, block=config.encoder_block, device=torch.device(bench.device)
     )
     learner = new_learner(config, encoder).to(encoder.device)
-    optimizer = new_optimiser(learner, config)
+    optimizer = new_optimizer(learner, config)
     views = Views(config, encoder, some_images(config.images, config.batch_size))
     began = time.perf_counter()
     start(learner, config, encoder, views)

@@ -16,8 +16,8 @@ class EncoderConfig:
     random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
     teacher_blocks: tuple[int, ...] = ()
     """The student begins as these blocks of the teacher (from 0), with its patches and positions, and its tokens
-    themselves learn to point where the teacher's do; --patch, --dim, --depth and --heads go unused. Else it is drawn at
-    random, and a linear map of its tokens learns it."""
+    themselves learn to point where the teacher's do; --patch, --embed-dim, --depth and --heads go unused. Else it is
+    drawn at random, and a linear map of its tokens learns it."""
     class_weight: float = 1.0
     """With --teacher: weight of the class token's loss; 0 teaches patches alone, and better (parts need no more)."""
     size: int = 224
@@ -28,7 +28,7 @@ class EncoderConfig:
     """Local crops an image."""
     patch: int = 16
     """Patch side in pixels."""
-    dim: int = 384
+    embed_dim: int = 384
     """Width of the ViT."""
     depth: int = 12
     """Blocks of the ViT."""
@@ -36,7 +36,7 @@ class EncoderConfig:
     """Attention heads a block."""
     prototypes: int = 4096
     """Outputs of the projection head, shared by class and patch tokens."""
-    mask_share: float = 0.3
+    mask_ratio: float = 0.3
     """Share of a global crop's patches masked for the student, in block-shaped pieces."""
     epochs: int = 100
     """Passes over the images; 0 leaves an untrained encoder, for a control."""
@@ -66,10 +66,10 @@ class EncoderConfig:
         for name in () if self.teacher_blocks else ("size", "local_size") if self.teacher is None else ("size",):
             if getattr(self, name) % self.patch:
                 raise ValueError(f"{name} must be a multiple of patch {self.patch}, got {getattr(self, name)}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim must be a multiple of heads {self.heads}, got {self.dim}")
-        if not 0 <= self.mask_share < 1:
-            raise ValueError(f"mask_share must lie in [0, 1), got {self.mask_share}")
+        if self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim must be a multiple of heads {self.heads}, got {self.embed_dim}")
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie in [0, 1), got {self.mask_ratio}")
         if self.epochs < 0 or self.batch_size < 1:
             raise ValueError(
                 f"epochs must not be negative and batch_size at least 1, got {self.epochs} and {self.batch_size}"

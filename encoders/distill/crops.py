@@ -47,7 +47,7 @@ def draw_crops(
     global_crops = views(GLOBAL_CROPS, config.size, GLOBAL_SCALE)
     local_crops = views(config.local_crops, config.local_size, LOCAL_SCALE)
     whole = GLOBAL_CROPS * world_size * len(images)
-    masks = block_masks(whole, config.size // config.patch, share=config.mask_share, generator=generator)
+    masks = block_masks(whole, config.size // config.patch, share=config.mask_ratio, generator=generator)
     mine = masks.unflatten(0, (GLOBAL_CROPS, world_size, -1))[:, rank].flatten(0, 1)
     return Crops(global_crops, local_crops, mine.to(pixels.device))
 

@@ -44,8 +44,8 @@ class FromTeacher(Objective):
             self.class_projection, self.patch_projection = nn.Identity(), nn.Identity()
         else:
             self.student = new_student(config)
-            self.class_projection = nn.Linear(config.dim, teacher.dim)
-            self.patch_projection = nn.Linear(config.dim, teacher.dim)
+            self.class_projection = nn.Linear(config.embed_dim, teacher.dim)
+            self.patch_projection = nn.Linear(config.embed_dim, teacher.dim)
         self.class_mean: Tensor
         self.patch_mean: Tensor
         self.register_buffer("class_mean", torch.zeros(teacher.dim))

@@ -25,8 +25,8 @@ class StudentTeacher(Objective):
         super().__init__()
         self.config, self.image_size = config, config.size
         self.student = new_student(config)
-        self.student_head = Head(config.dim, config.prototypes)
-        self.mask_token = nn.Parameter(torch.zeros(config.dim))
+        self.student_head = Head(config.embed_dim, config.prototypes)
+        self.mask_token = nn.Parameter(torch.zeros(config.embed_dim))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.class_centre: Tensor

@@ -17,7 +17,7 @@ def new_student(config: EncoderConfig) -> VisionTransformer:
     return VisionTransformer(
         img_size=config.size,
         patch_size=config.patch,
-        embed_dim=config.dim,
+        embed_dim=config.embed_dim,
         depth=config.depth,
         num_heads=config.heads,
         num_classes=0,

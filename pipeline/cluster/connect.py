@@ -29,8 +29,8 @@ def refuse_paths_of_the_upload(*paths: Path) -> None:
             )
 
 
-def train_on_ray(function: Callable[[Any], Any], config: Any, *, workers: int) -> None:
-    """Run `function(config)` on `workers` Ray Train workers, one GPU each where the cluster has them.
+def train_on_ray(function: Callable[[Any], Any], config: Any, *, num_workers: int) -> None:
+    """Run `function(config)` on `num_workers` Ray Train workers, one GPU each where the cluster has them.
 
     The workers find a joined process group, exactly as under torchrun.
     """
@@ -43,5 +43,5 @@ def train_on_ray(function: Callable[[Any], Any], config: Any, *, workers: int) -
 
     refuse_paths_of_the_upload(config.run.out)
     connect()
-    scaling: Any = ScalingConfig(num_workers=workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+    scaling: Any = ScalingConfig(num_workers=num_workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
     TorchTrainer(worker, train_loop_config={"config": config}, scaling_config=scaling).fit()

@@ -18,7 +18,7 @@ Outcome = tuple[int, dict[str, Any] | Exception]
 
 
 def build_on_ray(
-    numbers: list[int], builder: type, arguments: tuple, *, workers: int, gpus_per_worker: float
+    numbers: list[int], builder: type, arguments: tuple, *, num_workers: int, gpus_per_worker: float
 ) -> Iterator[Outcome]:
     """What `builder(*arguments).build(number)` returns or raises for every number, as it comes.
 
@@ -30,7 +30,7 @@ def build_on_ray(
         numbers: The shards.
         builder: A class that every actor makes one of; it loads the models, `build(number)` commits a shard.
         arguments: Of its constructor. An object reference arrives as the object.
-        workers: Actors; 0 = as many as fit. Those that cannot be placed hold no work.
+        num_workers: Actors; 0 = as many as fit. Those that cannot be placed hold no work.
         gpus_per_worker: GPU share of an actor, where the cluster has GPUs.
 
     Raises:
@@ -41,7 +41,7 @@ def build_on_ray(
     connect()
     cpus, gpus, most = room(ray.nodes(), gpus_per_worker)
     start = _Starter(ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor), builder, arguments)
-    pool = _Pool(numbers, start, min(workers or most, len(numbers)))
+    pool = _Pool(numbers, start, min(num_workers or most, len(numbers)))
     try:
         while pool.unfinished:
             done, _ = ray.wait(pool.awaited(), timeout=PATIENCE_S)
@@ -107,10 +107,10 @@ class _Starter:
 class _Pool:
     """Who does what. A worker gets shards only in answer to a call it has completed, so the dead get none."""
 
-    def __init__(self, numbers: list[int], start: _Starter, workers: int):
+    def __init__(self, numbers: list[int], start: _Starter, num_workers: int):
         self.todo, self.unfinished, self.tries = deque(numbers), len(numbers), Counter[int | None]()
         self.start = start
-        self.workers = [start(0) for _ in range(workers)]
+        self.workers = [start(0) for _ in range(num_workers)]
         self.was_ready = False
 
     def awaited(self) -> list[Any]:

@@ -43,7 +43,7 @@ def test_adain_starts_near_that_for_any_class_token():
     y = AdaIN(8, 4)(x, class_token)
 
     deviation, mean = torch.std_mean(y, dim=(2, 3), correction=0)
-    bound = 6 * 0.02 * class_token.norm(dim=1, keepdim=True)
+    bound = 6 * 0.02 * class_token.norm(embed_dim=1, keepdim=True)
     assert (mean.abs() < bound).all()
     assert ((deviation - 1).abs() < bound).all()
 
@@ -69,10 +69,15 @@ def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         decoder = ImageDecoder(6, 3, grid=8, size=8)
-        maps = (4 * torch.randn(6, 3, 4, 4)).softmax(dim=1).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        maps = (
+            (4 * torch.randn(6, 3, 4, 4))
+            .softmax(embed_dim=1)
+            .repeat_interleave(2, embed_dim=2)
+            .repeat_interleave(2, embed_dim=3)
+        )
         class_token, colours = torch.eye(6), torch.randn(6, 3, 3)
     images = torch.einsum("bnhw,bnc->bchw", maps, colours)
-    optimiser = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
 
     def loss(maps: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
         return pixel_loss(decoder(maps, class_token), images)
@@ -82,9 +87,9 @@ def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
         assert not torch.allclose(decoder(maps.roll(1, 0), class_token), fresh)
         assert not torch.allclose(decoder(maps, class_token.roll(1, 0)), fresh)
     for _ in range(50):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(maps, class_token).backward()
-        optimiser.step()
+        optimizer.step()
 
     with torch.no_grad():
         own = loss(maps, class_token).item()

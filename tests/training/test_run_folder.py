@@ -33,7 +33,7 @@ def toy(out: Path, **changes) -> Toy:
 
 def save(run: Path, step: int) -> Path:
     return checkpoint.save(
-        run, step, {"weight": torch.full((2,), float(step))}, metadata={"vit": {"dim": 2}}, state={"seed": 1}
+        run, step, {"weight": torch.full((2,), float(step))}, metadata={"vit": {"embed_dim": 2}}, state={"seed": 1}
     )
 
 
@@ -115,7 +115,7 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path):
     tensors, metadata = checkpoint.load_tensors(newest / "model.safetensors")
     assert newest.name == "step-00000030"
     assert tensors["weight"].tolist() == [30, 30]
-    assert metadata["vit"] == {"dim": 2}
+    assert metadata["vit"] == {"embed_dim": 2}
     assert checkpoint.load_state(newest) == {"seed": 1, "step": 30}
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 

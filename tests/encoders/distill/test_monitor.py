@@ -39,7 +39,7 @@ def paint(folder, *, colours, each=24):
 def slow_accuracy(tokens, labels, neighbours, temperature):
     right = 0
     for i, token in enumerate(tokens):
-        others = [(float(torch.cosine_similarity(token, other, dim=0)), labels[j])
+        others = [(float(torch.cosine_similarity(token, other, embed_dim=0)), labels[j])
                   for j, other in enumerate(tokens) if j != i]  # fmt: skip
         votes = {}
         for cosine, label in sorted(others, reverse=True)[:neighbours]:

@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
         draw_stripes(folder / "classes" / name, 12, seed=seed)
     (folder / "images/7.png").write_bytes(b"no image")
     for name in ("one", "two"):
-        distill(tiny(images, folder / name / "teacher", epochs=0, dim=48, heads=3))
+        distill(tiny(images, folder / name / "teacher", epochs=0, embed_dim=48, heads=3))
     distill(tiny(images, folder / "one/alone", **SETTINGS), stop_after_steps=STEPS)
     distill(
         tiny(images, folder / "one/taught", **SETTINGS, teacher=f"run:{folder / 'one/teacher'}"), stop_after_steps=STEPS
@@ -125,4 +125,4 @@ def test_the_blocks_of_the_ranks_are_the_crops_of_one(tmp_path):
 
     for name in ("global_crops", "local_crops", "masks"):
         whole, *blocks = (getattr(crops, name).unflatten(0, (2, -1)) for crops in parts)
-        assert torch.equal(whole, torch.cat(blocks, dim=1))
+        assert torch.equal(whole, torch.cat(blocks, embed_dim=1))

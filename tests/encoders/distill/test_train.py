@@ -166,12 +166,12 @@ def test_no_epochs_leave_the_encoder_as_it_was_drawn(images, tmp_path):
     assert all(torch.equal(weights[name], drawn[name]) for name in drawn)
 
 
-@pytest.mark.parametrize("absent", ["local_crops", "mask_share"])
+@pytest.mark.parametrize("absent", ["local_crops", "mask_ratio"])
 def test_it_trains_without_local_crops_and_without_masks(images, tmp_path, absent):
     report = distill(tiny(images, tmp_path / "run", epochs=1, **{absent: 0}))
 
     assert np.isfinite(report["loss_class"])
-    assert (report["loss_patch"] == 0) == (absent == "mask_share")
+    assert (report["loss_patch"] == 0) == (absent == "mask_ratio")
 
 
 def test_too_few_images_for_a_batch_are_told(images, tmp_path):

@@ -31,7 +31,7 @@ def encoder() -> Encoder:
 
 def tokens_of(patches: torch.Tensor, heads: torch.Tensor) -> Tokens:
     class_token = torch.zeros(len(patches), 1, patches.shape[-1])
-    return Tokens(class_token[:, 0], patches, torch.cat([class_token, patches], dim=1), heads)
+    return Tokens(class_token[:, 0], patches, torch.cat([class_token, patches], embed_dim=1), heads)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_labels_are_parts_on_the_best_cells_and_background_beyond(name, encoder,
 
     background = baseline.shape.parts
     assert baseline.shape.groups == background + 1
-    object_cells = (parts < background).sum(dim=1, keepdim=True)
+    object_cells = (parts < background).sum(embed_dim=1, keepdim=True)
     assert ((parts == background) == (rank >= object_cells)).all()
     assert (object_cells >= round(0.1 * GRID**2)).all()
     assert (object_cells <= round(0.6 * GRID**2)).all()
@@ -69,7 +69,7 @@ def test_heads_are_the_heads_that_attend_most(encoder, tokens):
 
     inside = parts < encoder.heads
     assert baseline.shape.parts == encoder.heads
-    assert torch.equal(parts[inside], tokens.class_attention.argmax(dim=1)[inside])
+    assert torch.equal(parts[inside], tokens.class_attention.argmax(embed_dim=1)[inside])
 
 
 def test_heads_by_mass_of_five_cells_by_hand():
@@ -89,11 +89,11 @@ def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
     parts, rank = baseline.label(tokens)
 
     kept = holding(tokens.class_attention, 0.6)
-    heads = tokens.class_attention.argmax(dim=1)
+    heads = tokens.class_attention.argmax(embed_dim=1)
     assert baseline.shape.parts == encoder.heads
-    assert torch.equal(parts == encoder.heads, ~kept.any(dim=1))
+    assert torch.equal(parts == encoder.heads, ~kept.any(embed_dim=1))
     assert torch.equal(rank, Baseline("heads", encoder, parts=99).label(tokens)[1])
-    assert torch.equal(parts[kept.all(dim=1)], heads[kept.all(dim=1)])
+    assert torch.equal(parts[kept.all(embed_dim=1)], heads[kept.all(embed_dim=1)])
 
 
 @pytest.mark.parametrize("name", ["heads", "kmeans-image"])
@@ -231,7 +231,7 @@ def test_regions_are_compact_and_another_draw_in_another_image(encoder, tokens):
         assert all(len(at) for at in places)
         for part, at in enumerate(places):  # a cell lies nearest to its own region's centre, or nearly so
             near = torch.cdist(torch.stack([at // GRID, at % GRID], 1).float(), centres)
-            assert (near[:, part] <= near.min(dim=1).values + 2).all()
+            assert (near[:, part] <= near.min(embed_dim=1).values + 2).all()
 
 
 def test_extraction_writes_a_baseline_and_says_which(tmp_path):

@@ -191,7 +191,7 @@ class Set:
         import ray
 
         arguments = (self.out, self.notes, self.digest, ray.put(self.samples))
-        return build_on_ray(list(range(SHARDS)), builder, arguments, workers=workers, gpus_per_worker=1.0)
+        return build_on_ray(list(range(SHARDS)), builder, arguments, num_workers=workers, gpus_per_worker=1.0)
 
     def noted(self, name: str) -> list[str]:
         """Processes that noted this."""
@@ -282,7 +282,7 @@ def test_a_shard_that_always_raises_is_tried_three_times_and_the_others_are_buil
 
 
 def test_a_shard_that_kills_every_process_fails_alone(set_):
-    outcomes = list(set_.build(Killed, workers=1))
+    outcomes = list(set_.build(Killed, num_workers=1))
 
     assert [number for number, outcome in outcomes if isinstance(outcome, Exception)].count(1) == ATTEMPTS
     assert {number for number, outcome in dict(outcomes).items() if isinstance(outcome, Exception)} == {1}
@@ -290,7 +290,7 @@ def test_a_shard_that_kills_every_process_fails_alone(set_):
 
 def test_an_actor_that_can_be_made_nowhere_ends_the_build_with_its_cause(set_):
     with pytest.raises(FileNotFoundError, match="no weights here"):
-        list(set_.build(WithoutWeights, workers=1))
+        list(set_.build(WithoutWeights, num_workers=1))
 
     assert len(set_.noted("made")) == ATTEMPTS
 
@@ -306,7 +306,7 @@ def test_a_node_where_no_actor_can_be_made_is_done_without(cluster, set_):
 
 
 def test_more_workers_than_can_be_placed_are_as_good_as_those_that_can(set_):
-    outcomes = list(set_.build(Noise, workers=5))
+    outcomes = list(set_.build(Noise, num_workers=5))
 
     assert sorted(number for number, _ in outcomes) == list(range(SHARDS))
     assert not [outcome for _, outcome in outcomes if isinstance(outcome, Exception)]
