@@ -74,7 +74,7 @@ class Encoder:
             "positions": positions,
         }
 
-    def normalised(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 size size"]:
+    def prepared(self, images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 size size"]:
         """Images at the encoder's size (antialiased bilinear), minus its mean, over its deviation."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 255
         if pixels.shape[-1] != self.size or pixels.shape[-2] != self.size:
@@ -93,7 +93,7 @@ class Encoder:
         prefix = self.model.num_prefix_tokens
         ids_visible = None if ids_visible is None else ids_visible.to(self.device)
         with autocast(self.device, self.precision):
-            x, rotations = embed(self.model, self.normalised(images), ids_visible)
+            x, rotations = embed(self.model, self.prepared(images), ids_visible)
             seen = attention = x
             for number, (block, rotation) in enumerate(zip(self.blocks, rotations, strict=True)):
                 if number == self.block:

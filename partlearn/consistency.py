@@ -21,7 +21,7 @@ class Again:
     flip: Bool[Tensor, " batch"]
 
 
-def look_again(
+def second_view(
     pixels: UInt8[Tensor, "batch height width 3"],
     encoder: Encoder,
     *,

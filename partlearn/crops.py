@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encoders.frozen import Encoder, Tokens
 from partlearn.config import LearnConfig
-from partlearn.consistency import Again, look_again
+from partlearn.consistency import Again, second_view
 from shards.image_batches import ImageBatches
 from shards.images import ImageList
 from shards.order import permutation
@@ -85,7 +85,7 @@ def _cropped(
             whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             again = None
             if config.consistency:
-                again = look_again(whole, encoder, seed=config.seed, step=step, rank=rank, world_size=world_size)
+                again = second_view(whole, encoder, seed=config.seed, step=step, rank=rank, world_size=world_size)
             yield View(whole, encoder(whole), again)
             step += 1
     finally:
@@ -159,4 +159,4 @@ def _refuse_what_does_not_fit(config: LearnConfig, encoder: Encoder, count: int)
 
 def image_target(view: View, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
     """Eq. 5's target: the crop in the encoder's normalisation, area-averaged down to the decoder's size."""
-    return torch.nn.functional.interpolate(encoder.normalised(view.pixels), size=(size, size), mode="area")
+    return torch.nn.functional.interpolate(encoder.prepared(view.pixels), size=(size, size), mode="area")

@@ -40,7 +40,7 @@ def speckle(labels: Int64[Tensor, "batch patches"], cells: Bool[Tensor, "batch p
     return (alone & cells).sum().item() / max(1, int(cells.sum()))
 
 
-def complaints(figures: dict[str, float], parts: int, *, trained: bool) -> list[str]:
+def warnings_of(figures: dict[str, float], parts: int, *, trained: bool) -> list[str]:
     """What looks wrong in the figures of `health`, each with its likely cause; nothing where all is well.
 
     Args:

@@ -16,7 +16,7 @@ from partlearn.attention import part_maps
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, consistency_loss
 from partlearn.crops import View, Views, image_target
-from partlearn.health import complaints, health
+from partlearn.health import health, warnings_of
 from partlearn.initialise import start
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
 from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_loss
@@ -49,7 +49,7 @@ def learn(
         ValueError: A setting or the images do not fit the encoder, the memory or the ranks.
         CheckpointError: The encoder's weights cannot be loaded.
     """
-    joined = distributed.start(config.run.device)
+    joined = distributed.join(config.run.device)
     try:
         _refuse_ranks(config, distributed.world_size())
         with RunFolder.open(config) as run:
@@ -57,7 +57,7 @@ def learn(
             return run.report() if run.finished else _train(config, run, encoder, stop_after_steps)
     finally:
         if joined:
-            distributed.stop()
+            distributed.leave()
 
 
 def _refuse_ranks(config: LearnConfig, ranks: int) -> None:
@@ -95,7 +95,7 @@ def _train(
     views = Views(config, encoder, images)
     if not resumed:
         start(learner, config, encoder, views)
-        distributed.same(learner.state_dict().values())
+        distributed.broadcast(learner.state_dict().values())
     batches = views.batches(step=step, rank=distributed.rank(), world_size=distributed.world_size())
     metrics, progress = Metrics(run.path, step=step), Progress(config.updates, "parts", "steps", done=step)
     clock = checkpoint.Clock(config.run.checkpoint_minutes)
@@ -124,8 +124,8 @@ def _train(
             _save(run, step, learner, encoder, optimizer)
     progress.close()
     metrics.close()
-    for complaint in complaints(figures, config.parts, trained=step > 0) if distributed.is_main() else ():
-        print(complaint, file=sys.stderr)
+    for warning in warnings_of(figures, config.parts, trained=step > 0) if distributed.is_main() else ():
+        print(warning, file=sys.stderr)
     report = {
         "steps": step,
         "images": len(images.images),
@@ -204,7 +204,7 @@ def _unlike(learner: PartLearner, config: LearnConfig, again: Again, maps: Tenso
 
 def over_ranks(ours: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean of each figure over the ranks."""
-    mean = distributed.mean(torch.tensor(list(ours.values()), device=device))
+    mean = distributed.mean_over_ranks(torch.tensor(list(ours.values()), device=device))
     return dict(zip(ours, mean.tolist(), strict=True))
 
 

@@ -29,7 +29,7 @@ from shards.atomic import read_json, write_json
 from shards.images import list_images
 from shards.shard_set import ShardSet
 from training.config import RunConfig
-from training.progress import clock
+from training.progress import duration
 
 IMAGES, HELD_OUT, SIDE, PATCH = 2000, 400, 96, 8
 GRID = SIDE // PATCH
@@ -156,7 +156,7 @@ def demo(config: DemoConfig) -> None:
         run=runs["semantic masking"].run.out,
         seed=config.seed,
     )
-    print(f"image sheet: {sheet}\nall of it in {clock(time.monotonic() - began)}; everything lies in {config.out}")
+    print(f"image sheet: {sheet}\nall of it in {duration(time.monotonic() - began)}; everything lies in {config.out}")
 
 
 def _learn_parts(stages: Stages) -> Path:
@@ -182,7 +182,7 @@ def _step(name: str, what: str, work: Callable[[], Any]) -> None:
     began = time.monotonic()
     print(f"{name:9} {what} ...", file=sys.stderr, flush=True)
     work()
-    print(f"{name:9} {what}: {clock(time.monotonic() - began)}", file=sys.stderr, flush=True)
+    print(f"{name:9} {what}: {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
 
 
 def _print_parts(stages: Stages, images: Path, val: ExtractConfig) -> None:

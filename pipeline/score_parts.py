@@ -102,10 +102,10 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
                 seen[name][method.name] = labels.astype(np.uint8)
     progress.close()
     for name, labels in seen.items():
-        for twins in _twins(methods):
-            agreement = stability([labels[method] for method in twins])
+        for names in _same_but_for_seed(methods):
+            agreement = stability([labels[method] for method in names])
             for row in rows:
-                if row["set"] == name and row["method"] in twins:
+                if row["set"] == name and row["method"] in names:
                     row["stability"] = agreement
     controls = [
         _row(name, one["method"], one["parts"], None, one)
@@ -175,7 +175,7 @@ def _on_one_encoder(methods: Sequence[Method]) -> list[list[Method]]:
     return list(groups.values())
 
 
-def _twins(methods: Sequence[Method]) -> list[list[str]]:
+def _same_but_for_seed(methods: Sequence[Method]) -> list[list[str]]:
     """Names of runs that differ in their seed alone, and in where and how fast they were computed (`run`)."""
     alike: dict[str, list[str]] = {}
     for method in methods:

@@ -76,7 +76,7 @@ class MAE(nn.Module):
         predicted = self.predict(patches, ids_visible, ids_masked)
         target = gather(patches, ids_masked).float()
         if self.norm_pix_loss:
-            target = normalised(target)
+            target = normalised_per_patch(target)
         return F.mse_loss(predicted.float(), target)
 
     def predict(
@@ -154,7 +154,7 @@ def gather(
     return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def normalised(patches: Float[Tensor, "batch patches pixels"]) -> Float[Tensor, "batch patches pixels"]:
+def normalised_per_patch(patches: Float[Tensor, "batch patches pixels"]) -> Float[Tensor, "batch patches pixels"]:
     """norm_pix: each patch minus its mean, over sqrt(unbiased variance + 1e-6)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) * torch.rsqrt(variance + 1e-6)

@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
         ShardError: The shard set is unfinished or damaged.
         FloatingPointError: The loss or a weight is no longer finite; the checkpoints before it are left whole.
     """
-    joined = distributed.start(config.run.device)
+    joined = distributed.join(config.run.device)
     try:
         with RunFolder.open(config) as run:
             distributed.barrier()
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
                 return _train(config, run, shards, stop_after_steps)
     finally:
         if joined:
-            distributed.stop()
+            distributed.leave()
 
 
 def build(config: PretrainConfig, size: int) -> MAE:
@@ -118,7 +118,7 @@ def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_
             masked = mask_batch(next(batches), config, side=model.side, groups=shards.groups, alpha=alpha)
             loss = train_step(wrapped, optimizer, masked, config, device)
             if step % LOG_EVERY == 0 or step == total - 1:
-                figures = {"loss": distributed.mean(loss).item(), "lr": rate, "alpha": alpha}
+                figures = {"loss": distributed.mean_over_ranks(loss).item(), "lr": rate, "alpha": alpha}
                 if not math.isfinite(figures["loss"]):
                     raise FloatingPointError(
                         f"the loss is {figures['loss']} at step {step}; start again with a lower --base-lr, "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt16
 
-from shards.crops import crop_cells, crop_into, draw_boxes, draw_flips, ranked_anew
+from shards.crops import crop_cells, crop_into, ranked_anew, sample_boxes, sample_flips
 from shards.decode import decode_jpeg_into, decode_mirrored_into, memory_for, pixels_in
 from shards.errors import SampleError, ShardError
 from shards.sample import Sample
@@ -52,8 +52,8 @@ class View:
         """What is done to each image of a batch."""
         crops = self.crop_scale < 1
         return Draws(
-            draw_flips(self.seed, epochs, indices) if self.flip else None,
-            draw_boxes(self.seed, epochs, indices, size=size, scale=self.crop_scale) if crops else None,
+            sample_flips(self.seed, epochs, indices) if self.flip else None,
+            sample_boxes(self.seed, epochs, indices, size=size, scale=self.crop_scale) if crops else None,
         )
 
 

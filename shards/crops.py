@@ -12,14 +12,14 @@ from shards.rng import CROP, FLIP, uniform
 TRIES = 10
 
 
-def draw_flips(
+def sample_flips(
     seed: int, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"]
 ) -> Bool[np.ndarray, " batch"]:
     """Which images are mirrored: every other one on average."""
     return uniform(seed, epochs, indices, FLIP, 1)[:, 0] < 0.5
 
 
-def draw_boxes(
+def sample_boxes(
     seed: int, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int, scale: float
 ) -> Int64[np.ndarray, "batch 4"]:
     """Random resized crops as torchvision draws them (area in [scale, 1], log-uniform ratio in [3/4, 4/3], ten

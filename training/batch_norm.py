@@ -37,8 +37,8 @@ class _MeanOfRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value):
-        return distributed.mean(value)
+        return distributed.mean_over_ranks(value)
 
     @staticmethod
     def backward(ctx, *gradients):
-        return distributed.mean(gradients[0])
+        return distributed.mean_over_ranks(gradients[0])

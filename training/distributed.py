@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 
-def start(device_name: str) -> bool:
+def join(device_name: str) -> bool:
     """Join the process group that torchrun describes in the environment, unless Ray Train joined it already.
 
     Takes gloo without CUDA, nccl with it, and binds this process to the GPU of its local rank. Returns whether a
-    group was joined here, which is then `stop`'s to leave.
+    group was joined here, which is then `leave`'s to leave.
     """
     on_cuda = device_name in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda and "LOCAL_RANK" in os.environ:
@@ -22,7 +22,7 @@ def start(device_name: str) -> bool:
     return True
 
 
-def stop() -> None:
+def leave() -> None:
     """Leave the process group."""
     dist.destroy_process_group()
 
@@ -55,19 +55,19 @@ def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    averaged = mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    averaged = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, averaged.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
-def same(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Every rank takes the main one's values, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def mean(value: torch.Tensor) -> torch.Tensor:
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of `value` over ranks; `value` itself when there is one."""
     if world_size() == 1:
         return value

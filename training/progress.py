@@ -41,17 +41,19 @@ class Progress:
             return
         elapsed = now - self._began
         rate = (self.done - self._first) / elapsed
-        left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         figures = "".join(f"  {name} {value:.4g}" for name, value in shown.items())
         speed = f"{rate:.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
-        line = f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {speed}, {clock(elapsed)} so far{left}{figures}"
+        line = (
+            f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {speed}, {duration(elapsed)} so far{left}{figures}"
+        )
         if self._living:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:

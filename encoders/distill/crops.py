@@ -24,7 +24,7 @@ class Crops:
     masks: Bool[Tensor, "global_crops patches"]
 
 
-def draw_crops(
+def sample_crops(
     images: UInt8[Tensor, "batch height width 3"],
     config: EncoderConfig,
     *,
@@ -52,7 +52,7 @@ def draw_crops(
     return Crops(global_crops, local_crops, mine.to(pixels.device))
 
 
-def draw_twins(
+def sample_pair(
     images: UInt8[Tensor, "batch height width 3"],
     sizes: tuple[int, int],
     *,
@@ -61,7 +61,7 @@ def draw_twins(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[Float[Tensor, "batch 3 first first"], Float[Tensor, "batch 3 second second"]]:
-    """One crop of each image in other colours, at two sizes and in [0, 1]; pure as `draw_crops` is."""
+    """One crop of each image in other colours, at two sizes and in [0, 1]; pure as `sample_crops` is."""
     block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
     pixels = unit(images)
     boxes, flip = random_places(pixels, scale=GLOBAL_SCALE, **block)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.distill.config import EncoderConfig
-from encoders.distill.crops import draw_twins
+from encoders.distill.crops import sample_pair
 from encoders.distill.objective import Losses, Objective
 from encoders.distill.student import blocks_of, new_student, vit_tokens
 from encoders.frozen import Encoder
@@ -59,7 +59,7 @@ class FromTeacher(Objective):
         Patches are compared twice: centred over all images, and as the part learner reads them, within their image
         and whitened. Parts lie in directions of small variance, which the first alone hardly teaches (docs/log.md).
         """
-        ours, theirs = draw_twins(
+        ours, theirs = sample_pair(
             images,
             (self.config.size, self.teacher.size),
             seed=self.config.seed,
@@ -118,7 +118,7 @@ def running_mean(mean: Float[Tensor, "*axes"], now: Float[Tensor, "*axes"], *, s
     because a transformer's tokens share a large direction: two tokens of unlike things may have a cosine of .8. Against
     such targets a student that always gives the mean loses little, and the differences that matter hardly pull.
     """
-    return mean.lerp(distributed.mean(now), 1 / (step + 1))
+    return mean.lerp(distributed.mean_over_ranks(now), 1 / (step + 1))
 
 
 def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:
@@ -126,5 +126,5 @@ def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:
 
     Of predictions and not of class tokens, which share a large direction of their own that says nothing.
     """
-    mean = distributed.mean(F.normalize(predicted.detach(), dim=-1).mean(dim=0))
+    mean = distributed.mean_over_ranks(F.normalize(predicted.detach(), dim=-1).mean(dim=0))
     return 1 - mean.square().sum().item()

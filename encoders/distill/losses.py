@@ -60,7 +60,7 @@ def targets(
     for any two images alike, and a short run ends as it began, at uniform targets; relative to σ they are sharp.
     """
     centred = logits.float() - centre
-    rms = distributed.mean(centred.square().mean()).sqrt()
+    rms = distributed.mean_over_ranks(centred.square().mean()).sqrt()
     return (centred / (temperature * rms).clamp(min=1e-6)).softmax(dim=-1)
 
 
@@ -96,7 +96,7 @@ def moved_centre(
     centre: Float[Tensor, " prototypes"], logits: Float[Tensor, "*axes prototypes"]
 ) -> Float[Tensor, " prototypes"]:
     """c ← m c + (1 - m) · mean of the teacher's logits, m = 0.9: DINO (arXiv:2104.14294), eq. 4."""
-    return centre.lerp(distributed.mean(logits.float().flatten(0, -2).mean(dim=0)), 1 - CENTRE_MOMENTUM)
+    return centre.lerp(distributed.mean_over_ranks(logits.float().flatten(0, -2).mean(dim=0)), 1 - CENTRE_MOMENTUM)
 
 
 def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
@@ -106,8 +106,8 @@ def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
     from uniform (log K = one prototype for all). told_apart: what is left, the information on which image it is.
     """
     flat = teacher.flatten(0, -2)
-    entropy = distributed.mean(torch.special.entr(flat).sum(dim=-1).mean()).item()
-    mean_entropy = torch.special.entr(distributed.mean(flat.mean(dim=0))).sum().item()
+    entropy = distributed.mean_over_ranks(torch.special.entr(flat).sum(dim=-1).mean()).item()
+    mean_entropy = torch.special.entr(distributed.mean_over_ranks(flat.mean(dim=0))).sum().item()
     return {
         "entropy": entropy,
         "kl_uniform": math.log(flat.shape[-1]) - mean_entropy,

@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from encoders.distill.config import EncoderConfig
-from encoders.distill.crops import GLOBAL_CROPS, draw_crops
+from encoders.distill.crops import GLOBAL_CROPS, sample_crops
 from encoders.distill.losses import Head, class_loss, moved_centre, patch_loss, spread, targets
 from encoders.distill.objective import Losses, Objective
 from encoders.distill.student import new_student, vit_tokens
@@ -36,7 +36,9 @@ class StudentTeacher(Objective):
 
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
         """Class loss and patch loss of one step's crops; moves the centres, after they were used."""
-        crops = draw_crops(images, self.config, step=step, rank=distributed.rank(), world_size=distributed.world_size())
+        crops = sample_crops(
+            images, self.config, step=step, rank=distributed.rank(), world_size=distributed.world_size()
+        )
         with autocast(images.device, self.config.run.precision):
             with torch.no_grad():
                 seen = vit_tokens(self.teacher, crops.global_crops)

@@ -49,7 +49,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
         ValueError: The images make no batch, the ranks cannot share one, or --teacher or --knn do not fit.
         FloatingPointError: The loss is no longer finite; the checkpoints before it are left whole.
     """
-    joined = distributed.start(config.run.device)
+    joined = distributed.join(config.run.device)
     try:
         ranks = distributed.world_size()
         if config.batch_size % ranks:
@@ -62,7 +62,7 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
             return _train(config, run, images, stop_after_steps)
     finally:
         if joined:
-            distributed.stop()
+            distributed.leave()
 
 
 def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objective:
@@ -171,7 +171,7 @@ def _unreadable(batches: ImageBatches, count: int, device: torch.device) -> int:
     """Images that any rank found unreadable."""
     found = torch.zeros(count, device=device)
     found[list(batches.unreadable)] = 1
-    return int((distributed.mean(found) > 0).sum())
+    return int((distributed.mean_over_ranks(found) > 0).sum())
 
 
 def new_optimizer(objective: Objective, config: EncoderConfig) -> torch.optim.AdamW:
@@ -212,7 +212,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
     optimizer.step()
     objective.follow(step / total)
-    of_class, of_patch = distributed.mean(torch.stack([losses.of_class, losses.of_patch])).tolist()
+    of_class, of_patch = distributed.mean_over_ranks(torch.stack([losses.of_class, losses.of_patch])).tolist()
     shown = {"loss_class": of_class, "loss_patch": of_patch, **losses.shown}
     return shown | {"lr": rate, "gradient_norm": norm.item()}
 

@@ -86,7 +86,7 @@ class _Worker:
     """An actor as its pool sees it."""
 
     actor: Any
-    stillborn: int
+    failed_starts: int
     """Actors in a row that were lost in this place before they were ready."""
     calls: deque[tuple[int | None, Any]] = field(default_factory=deque)
     """Shard and reference, in the order in which Ray runs them; no shard = a ping, or the start."""
@@ -99,9 +99,9 @@ class _Starter:
     builder: type
     arguments: tuple
 
-    def __call__(self, stillborn: int) -> _Worker:
+    def __call__(self, failed_starts: int) -> _Worker:
         actor = self.remote.remote()
-        return _Worker(actor, stillborn, deque([(None, actor.start.remote(self.builder, *self.arguments))]))
+        return _Worker(actor, failed_starts, deque([(None, actor.start.remote(self.builder, *self.arguments))]))
 
 
 class _Pool:
@@ -166,10 +166,10 @@ class _Pool:
         self.workers.remove(worker)
         ray.kill(worker.actor)  # the network may have failed, not the actor
         self.todo.extendleft(number for number, _ in reversed(worker.calls) if number is not None)
-        stillborn = 0 if worker.ready else worker.stillborn + 1
-        if stillborn < ATTEMPTS:
+        failed_starts = 0 if worker.ready else worker.failed_starts + 1
+        if failed_starts < ATTEMPTS:
             if self.todo:
-                self.workers.append(self.start(stillborn))
+                self.workers.append(self.start(failed_starts))
         elif not (self.was_ready and self.workers):
             raise cause
         else:

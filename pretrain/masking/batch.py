@@ -38,14 +38,14 @@ def mask_batch(
     parts, fgrank = (torch.from_numpy(cells).long().to(device) for cells in (batch.parts, batch.fgrank))
     kept = best_patches(fgrank, side, config.keep_share)
     labels = pool_labels(parts, side, groups).gather(1, kept)
-    noise = _draws(batch, config.seed, MASK, kept.shape[1]).to(device)
+    noise = _keyed(batch, config.seed, MASK, kept.shape[1]).to(device)
     if config.masking == "random":
         mask = random_masking(noise, mask_ratio=config.mask_ratio)
     else:
-        order = _draws(batch, config.seed, PART_ORDER, groups).to(device)
+        order = _keyed(batch, config.seed, PART_ORDER, groups).to(device)
         mask = semantic_masking(labels, noise, order, mask_ratio=config.mask_ratio, alpha=alpha)
     return Masked(torch.from_numpy(batch.images), *split(kept, mask), mask, labels)
 
 
-def _draws(batch: Batch, seed: int, purpose: int, count: int) -> Float[Tensor, "batch count"]:
+def _keyed(batch: Batch, seed: int, purpose: int, count: int) -> Float[Tensor, "batch count"]:
     return torch.from_numpy(uniform(seed, batch.epochs, batch.indices, purpose, count))

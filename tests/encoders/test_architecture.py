@@ -49,7 +49,7 @@ def timms_own(encoder, images, mask=None):
         encoder.model.blocks[encoder.block].norm1.register_forward_hook(lambda *call: seen.update(block=call[2])),
         last.attn_drop.register_forward_hook(lambda *call: seen.update(attention=call[2])),
     ]
-    tokens = encoder.model.forward_features(encoder.normalised(images), attn_mask=mask)
+    tokens = encoder.model.forward_features(encoder.prepared(images), attn_mask=mask)
     for hook in hooks:
         hook.remove()
     return tokens, seen["block"], seen["attention"]
@@ -113,7 +113,7 @@ def test_a_rotary_model_takes_any_grid_and_resizes_nothing(grid, files):
     theirs.load_state_dict(torch.load(files[DINOV3].partition("=")[2], weights_only=True))
 
     with torch.no_grad():
-        tokens = theirs.forward_features(encoder.normalised(squares(encoder)))
+        tokens = theirs.forward_features(encoder.prepared(squares(encoder)))
 
     assert close(encoder(squares(encoder)).patch_tokens, tokens[:, 5:])
     assert encoder.description["positions"] == f"rotary, computed for {grid}x{grid}"

@@ -178,7 +178,7 @@ def test_encoder_outputs_are_timms_own():
 
     tokens = encoder(pixels)
 
-    expected = encoder.model.forward_features(encoder.normalised(pixels))
+    expected = encoder.model.forward_features(encoder.prepared(pixels))
     assert torch.allclose(tokens.class_token, expected[:, 0], atol=1e-5)
     assert torch.allclose(tokens.patch_tokens, expected[:, 1:], atol=1e-5)
 

@@ -8,7 +8,7 @@ from conftest import photographs
 
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.consistency import consistency_loss, look_again
+from partlearn.consistency import consistency_loss, second_view
 from partlearn.crops import CROP_SCALE, Views
 from shards.images import list_images
 from training.augment import random_boxes
@@ -69,9 +69,9 @@ def test_two_ranks_look_where_one_does():
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    one = look_again(pixels, encoder, seed=5, step=3)
+    one = second_view(pixels, encoder, seed=5, step=3)
     two = [
-        look_again(half, encoder, seed=5, step=3, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))
+        second_view(half, encoder, seed=5, step=3, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))
     ]
 
     assert torch.equal(one.boxes, torch.cat([view.boxes for view in two]))

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from partlearn.health import complaints, health
+from partlearn.health import health, warnings_of
 
 CELLS = torch.ones(2, 64, dtype=torch.bool)
 
@@ -13,7 +13,7 @@ def maps_of(labels: torch.Tensor, parts: int = 4) -> torch.Tensor:
 
 
 def said(maps: torch.Tensor, *, trained: bool = True) -> str:
-    return " / ".join(complaints(health(maps, CELLS), maps.shape[1], trained=trained))
+    return " / ".join(warnings_of(health(maps, CELLS), maps.shape[1], trained=trained))
 
 
 def quarters() -> torch.Tensor:
@@ -38,8 +38,8 @@ def test_a_part_is_held_against_an_even_share_and_not_against_one_percent():
     figures = health(maps_of(even, 128), cells)
 
     assert figures["parts_used"] == 128
-    assert complaints(figures, 128, trained=True) == []
-    assert complaints(figures | {"area_5": 0.0004}, 128, trained=True) == [
+    assert warnings_of(figures, 128, trained=True) == []
+    assert warnings_of(figures | {"area_5": 0.0004}, 128, trained=True) == [
         "part 5 covers 0.04% of the cells: it has vanished; ask for fewer --parts, or raise --balance"
     ]
 

@@ -27,7 +27,7 @@ from pipeline.verify import verify as verify_verb
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, sha256_file, write_json
-from shards.crops import crop_cells, draw_boxes, draw_flips
+from shards.crops import crop_cells, sample_boxes, sample_flips
 from shards.errors import SampleError, ShardError
 from shards.shard_set import ShardSet
 from shards.stream import Stream
@@ -233,8 +233,8 @@ def test_s7_stored_attention_is_cropped_and_mirrored_with_the_rest(base, labels)
 
         assert heads == 3
         for batch in taken:
-            flips = draw_flips(2, batch.epochs, batch.indices)
-            boxes = draw_boxes(2, batch.epochs, batch.indices, size=32, scale=0.3)
+            flips = sample_flips(2, batch.epochs, batch.indices)
+            boxes = sample_boxes(2, batch.epochs, batch.indices, size=32, scale=0.3)
             assert batch.attn.shape == (8, heads, 8, 8)
             assert batch.attn.dtype == np.uint8
             for row, index in enumerate(batch.indices):

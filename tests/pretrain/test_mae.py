@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.mae import MAE, normalised, patchify, unpatchify
+from pretrain.mae import MAE, normalised_per_patch, patchify, unpatchify
 from pretrain.masking.patches import best_patches, pool_labels, split
 from pretrain.position import sincos_positions
 
@@ -146,7 +146,7 @@ def test_patches_come_back():
 
 
 def test_a_flat_patch_is_no_division_by_zero():
-    assert torch.isfinite(normalised(torch.full((1, 1, 192), 0.3))).all()
+    assert torch.isfinite(normalised_per_patch(torch.full((1, 1, 192), 0.3))).all()
 
 
 @given(seed=st.integers(0, 99), block=st.sampled_from([1, 2, 3]), groups=st.integers(1, 5))

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from shards import decode
 from shards.batches import Batch
-from shards.crops import crop_cells, crop_into, draw_boxes, draw_flips, ranked_anew
+from shards.crops import crop_cells, crop_into, ranked_anew, sample_boxes, sample_flips
 from shards.decode import assert_decoders_agree, decode_jpeg_into, decode_mirrored_into
 from shards.errors import ShardError
 from shards.sample import LabelledImage
@@ -97,9 +97,9 @@ def looked_at(batch: Batch, *, flip: bool, crop_scale: float) -> np.ndarray:
     """Cells whose middle shows one cell of the source alone."""
     clear = np.ones(batch.parts.shape, bool)
     if crop_scale < 1:
-        clear = inside_a_cell(draw_boxes(0, batch.epochs, batch.indices, size=SIZE, scale=crop_scale))
+        clear = inside_a_cell(sample_boxes(0, batch.epochs, batch.indices, size=SIZE, scale=crop_scale))
     if flip:
-        mirrored = draw_flips(0, batch.epochs, batch.indices)
+        mirrored = sample_flips(0, batch.epochs, batch.indices)
         clear[mirrored] = clear[mirrored][..., ::-1]
     return clear
 
@@ -136,7 +136,7 @@ def test_s7_about_half_the_images_are_mirrored_and_each_by_its_draw(crop_scale, 
     """An image that the labels follow could still be mirrored always, or never."""
     (plain,), (mirrored,) = (batches(of_parts, 1, flip=flip, crop_scale=crop_scale) for flip in (False, True))
 
-    flips = draw_flips(0, plain.epochs, plain.indices)
+    flips = sample_flips(0, plain.epochs, plain.indices)
 
     assert 0.2 < flips.mean() < 0.8
     for name in ("parts", "fgrank"):
@@ -247,7 +247,7 @@ def test_s6_epochs_and_seeds_draw_anew(of_parts):
 @pytest.mark.parametrize("scale", [0.2, 0.5, 0.9])
 def test_boxes_are_drawn_by_torchvisions_law(scale):
     count, size = 12_000, 224
-    boxes = draw_boxes(1, np.zeros(count, np.int64), np.arange(count), size=size, scale=scale).astype(float)
+    boxes = sample_boxes(1, np.zeros(count, np.int64), np.arange(count), size=size, scale=scale).astype(float)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -279,7 +279,7 @@ def laws(boxes: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
 def test_boxes_lie_inside_the_image_with_their_share_of_area_and_ratio(seed, size, scale, first):
     indices = np.arange(first, first + 50)
 
-    boxes = draw_boxes(seed, np.zeros(50, np.int64), indices, size=size, scale=scale)
+    boxes = sample_boxes(seed, np.zeros(50, np.int64), indices, size=size, scale=scale)
 
     x0, y0, width, height = boxes.T
     assert (np.minimum(x0, y0) >= 0).all()

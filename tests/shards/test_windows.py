@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.crops import draw_boxes, draw_flips
+from shards.crops import sample_boxes, sample_flips
 from shards.order import Epochs, permutation
 from shards.rng import CROP, FLIP, MASK, ORDER, PART_ORDER, SHARDS, VIEW, uniform
 
@@ -167,8 +167,8 @@ def test_order_v1_the_draws_of_every_purpose_begin_as_ever(purpose, first, later
 def test_order_v1_flips_and_boxes_begin_as_ever():
     epochs, indices = np.zeros(8, np.int64), np.arange(8)
 
-    assert draw_flips(0, epochs, indices).tolist() == [False, False, True, False, True, False, True, False]
-    assert draw_boxes(0, epochs[:4], indices[:4], size=224, scale=0.2).tolist() == [
+    assert sample_flips(0, epochs, indices).tolist() == [False, False, True, False, True, False, True, False]
+    assert sample_boxes(0, epochs[:4], indices[:4], size=224, scale=0.2).tolist() == [
         [49, 11, 146, 179],
         [41, 9, 157, 193],
         [95, 54, 122, 140],

@@ -15,7 +15,7 @@ from training.checkpoint import CheckpointError
 from training.config import RunConfig
 from training.device import pick_device
 from training.metrics import Metrics, read_metrics
-from training.progress import Progress, clock
+from training.progress import Progress, duration
 from training.run_folder import RunError, RunFolder
 from training.schedule import learning_rate
 
@@ -189,4 +189,4 @@ def test_progress_of_nothing_is_silent(capsys):
 
 
 def test_times_are_said_as_people_say_them():
-    assert [clock(s) for s in (4.2, 190, 7500)] == ["4 s", "3 min 10 s", "2 h 05 min"]
+    assert [duration(s) for s in (4.2, 190, 7500)] == ["4 s", "3 min 10 s", "2 h 05 min"]

@@ -201,7 +201,7 @@ def test_a_student_of_all_the_teachers_blocks_begins_as_the_teacher(images, tmp_
     objective = new_objective(config)
     pixels = squares(images, 28)
 
-    ours = vit_tokens(objective.student, objective.teacher.normalised(pixels))
+    ours = vit_tokens(objective.student, objective.teacher.prepared(pixels))
 
     assert torch.allclose(ours[:, 1:], objective.teacher(pixels).patch_tokens, atol=1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from stripes import TINY, draw_stripes, tiny
 
-from encoders.distill.crops import draw_crops
+from encoders.distill.crops import sample_crops
 from encoders.distill.train import distill
 from shards.image_batches import ImageBatches
 from shards.images import list_images
@@ -29,7 +29,7 @@ from encoders.distill.train import distill
 from training import distributed
 torch.set_num_threads(1)
 images, out, settings = sys.argv[1], Path(sys.argv[2]), eval(sys.argv[3])
-distributed.start("cpu")
+distributed.join("cpu")
 distill(tiny(images, out / "alone", **settings), stop_after_steps=3)
 taught = tiny(images, out / "taught", **settings, teacher=f"run:{out / 'teacher'}")
 distill(taught, stop_after_steps=3)
@@ -38,7 +38,7 @@ try:
     distill(tiny(images, out / "odd", **settings | {"batch_size": 15}))
 except ValueError as error:
     (out / f"odd-{distributed.rank()}.txt").write_text(str(error))
-distributed.stop()
+distributed.leave()
 """
 
 
@@ -121,7 +121,7 @@ def test_the_blocks_of_the_ranks_are_the_crops_of_one(tmp_path):
         block = {"rank": rank, "world_size": ranks}
         with ImageBatches(listed, size=16, batch_size=12, seed=0, **block) as batches:
             images, _ = next(iter(batches))
-        parts.append(draw_crops(images, config, step=5, **block))
+        parts.append(sample_crops(images, config, step=5, **block))
 
     for name in ("global_crops", "local_crops", "masks"):
         whole, *blocks = (getattr(crops, name).unflatten(0, (2, -1)) for crops in parts)
