@@ -121,7 +121,7 @@ def untrained_parts(
             images=str(photos),
             encoder=encoder,
             grid=grid,
-            views=1,
+            crops=1,
             steps=2,
             batch_size=4,
             run=dataclasses.replace(run, out=folder),

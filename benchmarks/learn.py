@@ -9,7 +9,7 @@ from benchmarks.prepared import some_images
 from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, summary
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.crops import View, Views
+from partlearn.crops import TokenCrop, TokenCrops
 from partlearn.initialise import start
 from partlearn.train import new_learner, new_optimizer, train_step
 from training.config import RunConfig
@@ -32,20 +32,20 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
     listed = some_images(images, BATCH)
     device = pick_device(run.device)
     encoder = load_encoder(ENCODER, grid=grid, device=device, precision=run.precision)
-    config = LearnConfig(images=images, encoder=ENCODER, grid=grid, paper=True, views=0, batch_size=BATCH, run=run)
+    config = LearnConfig(images=images, encoder=ENCODER, grid=grid, paper=True, crops=0, batch_size=BATCH, run=run)
     learner = new_learner(config, encoder).to(device)
     optimizer = new_optimizer(learner, config)
-    views = Views(config, encoder, listed)
+    views = TokenCrops(config, encoder, listed)
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
         view = next(batches)
 
-    def step(seen: View) -> None:
+    def step(seen: TokenCrop) -> None:
         train_step(learner, optimizer, config, encoder, seen)
 
     cases = [
         Case("encoder_forward", _repeated(lambda: encoder(view.pixels))),
-        Case("step_fresh", _repeated(lambda: step(View(view.pixels, encoder(view.pixels))))),
+        Case("step_fresh", _repeated(lambda: step(TokenCrop(view.pixels, encoder(view.pixels))))),
         Case("step_cached", _repeated(lambda: step(view))),
     ]
     pairs = [("encoder_forward", "step_fresh"), ("encoder_forward", "step_cached")]

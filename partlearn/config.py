@@ -74,8 +74,8 @@ class LearnConfig:
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
     consistency: float = 0.0
     """Weight of the labels' agreement between two crops of an image, mirrored and in other colours; each step then
-    looks twice (--views 0)."""
-    views: int | None = None
+    looks twice (--crops 0)."""
+    crops: int | None = None
     """Fixed crops an image, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
     told, 4 where steps are taken, and else 0."""
     steps: int | None = None
@@ -106,15 +106,15 @@ class LearnConfig:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
         if self.steps is None:
             object.__setattr__(self, "steps", 0 if self.init == "kmeans" else 1000)
-        if self.views is None:
-            object.__setattr__(self, "views", 4 if self.steps and not self.consistency else 0)
-        if self.consistency and self.views:
-            raise ValueError(f"--consistency looks at fresh crops; take --views 0 with it, got {self.views}")
+        if self.crops is None:
+            object.__setattr__(self, "crops", 4 if self.steps and not self.consistency else 0)
+        if self.consistency and self.crops:
+            raise ValueError(f"--consistency looks at fresh crops; take --crops 0 with it, got {self.crops}")
         for name, least in (
             ("grid", 2),
             ("batch_size", 1),
             ("steps", 0),
-            ("views", 0),
+            ("crops", 0),
             ("whiten", 0),
             ("diffusion", 0),
         ):
@@ -143,10 +143,10 @@ class LearnConfig:
         return self.whiten
 
     @property
-    def kept_views(self) -> int:
-        """`views`, resolved."""
-        assert self.views is not None
-        return self.views
+    def kept_crops(self) -> int:
+        """`crops`, resolved."""
+        assert self.crops is not None
+        return self.crops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ ENCODED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TokenCrop:
     """Crops of a batch of images and what the encoder says of them."""
 
     pixels: UInt8[Tensor, "batch height width 3"]
@@ -31,22 +31,22 @@ class View:
     """The same images seen again, where labels are to agree."""
 
 
-class Views:
-    """The crops of a run. With `config.kept_views`, they are encoded at the first call and kept."""
+class TokenCrops:
+    """The crops of a run. With `config.kept_crops`, they are encoded at the first call and kept."""
 
     def __init__(self, config: LearnConfig, encoder: Encoder, images: ImageList):
         self.config, self.encoder, self.images = config, encoder, images
-        self._store: View | None = None
+        self._store: TokenCrop | None = None
 
     @property
     def count(self) -> int:
         """Views before they come again, or images where every crop is fresh."""
-        return max(1, self.config.kept_views) * len(self.images.images)
+        return max(1, self.config.kept_crops) * len(self.images.images)
 
-    def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[View, None, None]:
+    def batches(self, *, step: int, rank: int = 0, world_size: int = 1) -> Generator[TokenCrop, None, None]:
         """Batches from `step` on, for ever; a pure function of the config and the images. Of several ranks, each
         gets its block of every batch; views that are kept are one process's (`learn` sees to it)."""
-        if not self.config.kept_views:
+        if not self.config.kept_crops:
             size = self.config.batch_size
             return _cropped(self.config, self.encoder, self.images, size, step, rank, world_size)
         if self._store is None:
@@ -63,7 +63,7 @@ def _cropped(
     step: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Generator[View, None, None]:
+) -> Generator[TokenCrop, None, None]:
     """Random resized crops and flips, drawn for the whole batch from (seed, step); a rank's block of them."""
     first, last = rank * batch_size // world_size, (rank + 1) * batch_size // world_size
     batches = ImageBatches(
@@ -86,13 +86,13 @@ def _cropped(
             again = None
             if config.consistency:
                 again = second_view(whole, encoder, seed=config.seed, step=step, rank=rank, world_size=world_size)
-            yield View(whole, encoder(whole), again)
+            yield TokenCrop(whole, encoder(whole), again)
             step += 1
     finally:
         batches.close()
 
 
-def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> Generator[View, None, None]:
+def _kept(store: TokenCrop, config: LearnConfig, device: torch.device, step: int) -> Generator[TokenCrop, None, None]:
     """Draws from the kept crops; every one comes once an epoch."""
     count, epoch = len(store.pixels), -1
     order = torch.empty(0, dtype=torch.int64)
@@ -107,17 +107,17 @@ def _kept(store: View, config: LearnConfig, device: torch.device, step: int) -> 
         step += 1
 
 
-def _encode_all(config: LearnConfig, encoder: Encoder, images: ImageList, count: int) -> View:
+def _encode_all(config: LearnConfig, encoder: Encoder, images: ImageList, count: int) -> TokenCrop:
     """The first `count` crops of the endless sequence, tokens in fp16."""
-    progress = Progress(count, "encoding", "views")
-    pieces: list[View] = []
+    progress = Progress(count, "encoding", "crops")
+    pieces: list[TokenCrop] = []
     for view in _cropped(config, encoder, images, min(ENCODED_AT_ONCE, count), 0):
         pieces.append(_packed(view, config))
         progress.advance(min(len(view.pixels), count - progress.done))
         if progress.done >= count:
             break
     progress.close()
-    return View(
+    return TokenCrop(
         torch.cat([piece.pixels for piece in pieces])[:count],
         Tokens(
             *(
@@ -128,16 +128,16 @@ def _encode_all(config: LearnConfig, encoder: Encoder, images: ImageList, count:
     )
 
 
-def _packed(view: View, config: LearnConfig) -> View:
+def _packed(view: TokenCrop, config: LearnConfig) -> TokenCrop:
     """Halved to fp16; images only where they are the target, else one pixel of them."""
     pixels = view.pixels if config.target != "features" else view.pixels[:, :1, :1]
     tokens = Tokens(*(getattr(view.tokens, name).half().cpu() for name in Tokens.__dataclass_fields__))
-    return View(pixels.cpu(), tokens)
+    return TokenCrop(pixels.cpu(), tokens)
 
 
-def _on(store: View, rows: list[int], device: torch.device) -> View:
+def _on(store: TokenCrop, rows: list[int], device: torch.device) -> TokenCrop:
     tokens = Tokens(*(getattr(store.tokens, name)[rows].to(device).float() for name in Tokens.__dataclass_fields__))
-    return View(store.pixels[rows].to(device), tokens)
+    return TokenCrop(store.pixels[rows].to(device), tokens)
 
 
 def bytes_of_a_view(encoder: Encoder, *, pixels: bool) -> int:
@@ -153,10 +153,10 @@ def _refuse_what_does_not_fit(config: LearnConfig, encoder: Encoder, count: int)
     if need > free / 2:
         raise ValueError(
             f"{count:,} views need {need / 1e9:.1f} GB for their tokens (twice that while they are gathered), and "
-            f"{free / 1e9:.1f} GB are free; lower --views, or take --views 0 for fresh crops every step"
+            f"{free / 1e9:.1f} GB are free; lower --crops, or take --crops 0 for fresh crops every step"
         )
 
 
-def image_target(view: View, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
+def image_target(view: TokenCrop, size: int, encoder: Encoder) -> Float[Tensor, "batch 3 height width"]:
     """Eq. 5's target: the crop in the encoder's normalisation, area-averaged down to the decoder's size."""
     return torch.nn.functional.interpolate(encoder.prepared(view.pixels), size=(size, size), mode="area")

@@ -12,18 +12,18 @@ from torch import Tensor
 from encoders.frozen import Encoder, Tokens
 from encoders.whitening import whitening_of
 from partlearn.config import LearnConfig
-from partlearn.crops import Views
+from partlearn.crops import TokenCrops
 from partlearn.kmeans import spherical_kmeans
 from partlearn.learner import PartLearner
 from training.progress import Progress
 
 PROTOTYPE_SCALE = 10.0
-START_VIEWS, START_CELLS = 2048, 64
+START_CROPS, START_CELLS = 2048, 64
 """k-means starts from so many views, and so many cells of each."""
 
 
 @torch.no_grad()
-def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Views) -> None:
+def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, crops: TokenCrops) -> None:
     """Queries of step 0: the encoder's heads, random ones, or k-means centres of the first batches' tokens.
 
     Raises:
@@ -49,7 +49,7 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
         if config.target != "pixels":
             learner.vectors.copy_(0.02 * torch.randn(learner.vectors.shape, generator=generator))
         return
-    first = _first(learner, views)
+    first = _first(learner, crops)
     if learner.shape.whitened:
         points = _drawn(first, learner.seen, generator)
         learner.whitening.copy_(whitening_of(points.cpu(), learner.shape.width))  # fp64: not on every accelerator
@@ -60,13 +60,13 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, views: Vi
         learner.vectors.copy_(centres)
 
 
-def _first(learner: PartLearner, views: Views) -> list[tuple[Tokens, Bool[Tensor, "batch patches"]]]:
-    """What the learner reads of the first START_VIEWS views (all, of fewer) and its cells of them; in fp16, in the
+def _first(learner: PartLearner, crops: TokenCrops) -> list[tuple[Tokens, Bool[Tensor, "batch patches"]]]:
+    """What the learner reads of the first START_CROPS views (all, of fewer) and its cells of them; in fp16, in the
     machine's memory: 0.6 MB a view of ViT-S on 28x28 cells. So each is encoded once, and read twice. What it does
     not read of `Tokens` is left empty."""
-    progress = Progress(min(START_VIEWS, views.count), "k-means reads", "views")
+    progress = Progress(min(START_CROPS, crops.count), "k-means reads", "crops")
     first = []
-    for view in views.batches(step=0):
+    for view in crops.batches(step=0):
         cells, read = learner.learned_cells(view.tokens), view.tokens.block_tokens.half().cpu()
         first.append((Tokens(read[:, 0], read[:, :0], read, read.new_empty(len(cells), 1, 0)), cells))
         progress.advance(min(len(cells), progress.total - progress.done))

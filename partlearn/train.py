@@ -15,7 +15,7 @@ from encoders.weights import fingerprint
 from partlearn.attention import part_maps
 from partlearn.config import LearnConfig
 from partlearn.consistency import Again, consistency_loss
-from partlearn.crops import View, Views, image_target
+from partlearn.crops import TokenCrop, TokenCrops, image_target
 from partlearn.health import health, warnings_of
 from partlearn.initialise import start
 from partlearn.learner import LearnerShape, PartLearner, shape_as_json
@@ -64,9 +64,9 @@ def _refuse_ranks(config: LearnConfig, ranks: int) -> None:
     """Before anything is read or written."""
     if config.batch_size % ranks:
         raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
-    if config.kept_views and ranks > 1:
+    if config.kept_crops and ranks > 1:
         raise ValueError(
-            f"{ranks} ranks cannot share views kept in memory (--views {config.views}); take --views 0, fresh crops "
+            f"{ranks} ranks cannot share views kept in memory (--crops {config.crops}); take --crops 0, fresh crops "
             "every step"
         )
 
@@ -92,7 +92,7 @@ def _train(
         state = checkpoint.load_state(resumed)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    views = Views(config, encoder, images)
+    views = TokenCrops(config, encoder, images)
     if not resumed:
         start(learner, config, encoder, views)
         distributed.broadcast(learner.state_dict().values())
@@ -139,7 +139,7 @@ def _train(
 
 
 def train_step(
-    learner: PartLearner, optimizer: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: View
+    learner: PartLearner, optimizer: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: TokenCrop
 ) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
     """One update from this rank's block of the batch; returns what `_loss` does.
 
@@ -158,7 +158,7 @@ def train_step(
 
 
 def _loss(
-    learner: PartLearner, config: LearnConfig, encoder: Encoder, view: View
+    learner: PartLearner, config: LearnConfig, encoder: Encoder, view: TokenCrop
 ) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
     """Eq. 7: rebuilding + 0.03 · diversity (+ balance), its terms for the log, the maps and the cells they are on.
 
@@ -209,7 +209,7 @@ def over_ranks(ours: dict[str, float], device: torch.device) -> dict[str, float]
 
 
 @torch.no_grad()
-def _start_health(learner: PartLearner, view: View) -> dict[str, float]:
+def _start_health(learner: PartLearner, view: TokenCrop) -> dict[str, float]:
     cells = learner.learned_cells(view.tokens)
     return health(part_maps(learner.read(view.tokens, cells)[0], learner.shape.softmax, cells), cells)
 

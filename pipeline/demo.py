@@ -83,7 +83,7 @@ class Stages:
             encoder=f"run:{encoder.run.out}",
             encoder_block=2,
             grid=GRID,
-            views=1,
+            crops=1,
             batch_size=64,
             seed=self.config.seed,
             run=self.run(name),

@@ -39,7 +39,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class Augment:
     """How an image and its labels are altered together; every draw is keyed by (seed, epoch, image)."""
 
     flip: bool = False
@@ -48,24 +48,26 @@ class View:
     """Least share of the area that a random resized crop keeps; 1 = no crop."""
     seed: int = 0
 
-    def draw(self, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int) -> "Draws":
+    def sample(
+        self, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int
+    ) -> "AugmentParams":
         """What is done to each image of a batch."""
         crops = self.crop_scale < 1
-        return Draws(
+        return AugmentParams(
             sample_flips(self.seed, epochs, indices) if self.flip else None,
             sample_boxes(self.seed, epochs, indices, size=size, scale=self.crop_scale) if crops else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class AugmentParams:
     """Which images of a batch are mirrored, and the box (x0, y0, width, height) that is kept of each."""
 
     flips: Bool[np.ndarray, " batch"] | None
     boxes: Int64[np.ndarray, "batch 4"] | None
 
 
-STORED = View()
+STORED = Augment()
 """Images and labels as they are stored."""
 
 
@@ -78,7 +80,7 @@ class Reader:
     """Fills batches from shards, on threads."""
 
     shards: ShardSet
-    view: View
+    augment: Augment
     attention: bool
     substitutes: int
     damaged: set[int] = field(default_factory=set)
@@ -115,9 +117,9 @@ class Reader:
             position=position,
             attn=np.empty((rows, shards.heads, *square), np.uint8) if self.attention else None,
         )
-        draws = self.view.draw(epochs, indices, size=shards.size)
+        params = self.augment.sample(epochs, indices, size=shards.size)
         slices = [range(first, rows, threads) for first in range(min(threads, rows))]
-        return batch, [pool.submit(self._fill, batch, draws, slice_) for slice_ in slices]
+        return batch, [pool.submit(self._fill, batch, params, slice_) for slice_ in slices]
 
     def _pixels(self, rows: int) -> UInt8[np.ndarray, "rows height width 3"]:
         """Room for images: that of an earlier batch, when nobody holds it, or its views and tensors, any more.
@@ -132,13 +134,13 @@ class Reader:
         self._kept = [*self._kept, room][-MOST_KEPT:]
         return pixels_in(room, *shape)
 
-    def _fill(self, batch: Batch, draws: Draws, rows: range) -> None:
+    def _fill(self, batch: Batch, params: AugmentParams, rows: range) -> None:
         shape = (2, *batch.images.shape[1:])
         scratch = pixels_in(memory_for(*shape), *shape)
         for row in rows:
-            self._read_into(batch, row, draws, scratch)
+            self._read_into(batch, row, params, scratch)
 
-    def _read_into(self, batch: Batch, row: int, draws: Draws, scratch: np.ndarray) -> None:
+    def _read_into(self, batch: Batch, row: int, params: AugmentParams, scratch: np.ndarray) -> None:
         """One image and its labels; or its neighbour's, where that is allowed and it is damaged."""
         wanted = int(batch.indices[row])
         for hop in range(HOPS if self.substitutes else 1):
@@ -146,7 +148,7 @@ class Reader:
             try:
                 sample = self.shards.read(index, attention=self.attention)
                 try:
-                    _place(sample, batch, row, draws, scratch)
+                    _place(sample, batch, row, params, scratch)
                 except (ValueError, OSError) as error:
                     raise self.shards.damaged(index, str(error)) from error
             except SampleError as error:
@@ -174,12 +176,12 @@ class Reader:
 
 
 def _place(
-    sample: Sample, batch: Batch, row: int, draws: Draws, scratch: UInt8[np.ndarray, "2 height width 3"]
+    sample: Sample, batch: Batch, row: int, params: AugmentParams, scratch: UInt8[np.ndarray, "2 height width 3"]
 ) -> None:
     """Decode a sample into its row; mirrored and cropped where that was drawn."""
-    flip = draws.flips is not None and bool(draws.flips[row])
+    flip = params.flips is not None and bool(params.flips[row])
     image, size = batch.images[row], batch.images.shape[1]
-    whole = image if draws.boxes is None else scratch[0]
+    whole = image if params.boxes is None else scratch[0]
     if flip:
         decode_mirrored_into(sample.jpeg, whole, scratch[1])
     else:
@@ -187,8 +189,8 @@ def _place(
     labels = {"parts": sample.parts, "fgrank": sample.fgrank}
     if sample.attn is not None:
         labels["attn"] = sample.attn
-    if draws.boxes is not None:
-        x0, y0, width, height = draws.boxes[row].tolist()
+    if params.boxes is not None:
+        x0, y0, width, height = params.boxes[row].tolist()
         crop_into(whole, (size - x0 - width if flip else x0, y0, width, height), image)
         labels = {name: crop_cells(cells, (x0, y0, width, height), size=size) for name, cells in labels.items()}
         labels["fgrank"] = ranked_anew(labels["fgrank"])

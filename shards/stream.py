@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.batches import Batch, Place, Reader, View
+from shards.batches import Augment, Batch, Place, Reader
 from shards.decode import assert_decoders_agree
 from shards.order import Epochs
 from shards.shard_set import ShardSet
@@ -27,7 +27,7 @@ class Stream:
 
     Args:
         window: Shards shuffled together; 0 = all of them. Small windows suit slow or remote disks.
-        flip, crop_scale: See `View`.
+        flip, crop_scale: See `Augment`.
         attention: Give the stored class attention too.
         substitutes: Damaged samples that a rank may replace by their neighbours, each told on stderr, before the
             stream stops; 0 stops at the first.
@@ -66,7 +66,7 @@ class Stream:
         self.local = batch_size // world_size
         self.first = rank * self.local
         self.threads, self.prefetch = threads, prefetch
-        self._reader = Reader(shards, View(flip, crop_scale, seed), attention, substitutes)
+        self._reader = Reader(shards, Augment(flip, crop_scale, seed), attention, substitutes)
         self._epochs = Epochs(shards.shard_sizes, seed=seed, window=window)
 
     def state(self, position: int) -> dict[str, Any]:

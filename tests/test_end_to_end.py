@@ -62,7 +62,7 @@ ENCODER = [
     "--warmup-epochs",
     "0",
 ]
-LEARN = ["--grid", "4", "--parts", "3", "--views", "2", "--steps", "3", "--batch-size", "4", "--encoder-block", "1"]
+LEARN = ["--grid", "4", "--parts", "3", "--crops", "2", "--steps", "3", "--batch-size", "4", "--encoder-block", "1"]
 PRETRAIN = [
     "--patch",
     "8",

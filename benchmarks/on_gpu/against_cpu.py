@@ -17,7 +17,7 @@ from encoders.distill.config import EncoderConfig
 from encoders.distill.train import new_objective
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.crops import View, Views
+from partlearn.crops import TokenCrop, TokenCrops
 from partlearn.initialise import start
 from partlearn.learner import PartLearner
 from partlearn.train import new_learner
@@ -92,7 +92,7 @@ def learn_config(bench: Bench, out: Path, *, paper: bool, precision: Any = "auto
         grid=14,
         paper=paper,
         steps=2,
-        views=0,
+        crops=0,
         batch_size=4 if bench.rehearse else 16,
         run=RunConfig(out=out, device=bench.device, precision=precision),
     )
@@ -107,7 +107,7 @@ def learn_parts_step(bench: Bench, device: torch.device, precision: str, *, pape
     learner.attention.prototypes.requires_grad_(not paper)
     learner.to(device)
     pixels = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
-    loss = learn_step(learner, learn_optimizer(learner, config), config, encoder, View(pixels, encoder(pixels)))[0]
+    loss = learn_step(learner, learn_optimizer(learner, config), config, encoder, TokenCrop(pixels, encoder(pixels)))[0]
     return loss.item(), gradients(learner.parameters())
 
 
@@ -117,7 +117,7 @@ def _started(bench: Bench, paper: bool) -> PartLearner:
     config = learn_config(bench, bench.out, paper=paper)
     encoder = load_encoder(ENCODER, grid=config.grid, precision="fp32")
     learner = new_learner(config, encoder)
-    start(learner, config, encoder, Views(config, encoder, some_images(config.images, START_IMAGES)))
+    start(learner, config, encoder, TokenCrops(config, encoder, some_images(config.images, START_IMAGES)))
     return learner
 
 

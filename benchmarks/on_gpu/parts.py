@@ -23,7 +23,7 @@ from encoders.load import load_encoder
 from evaluate.parts.score import control_rows, score_labellers
 from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
-from partlearn.crops import Views
+from partlearn.crops import TokenCrops
 from partlearn.initialise import start
 from partlearn.labelling.learned import Labeller
 from partlearn.train import learn, new_learner, new_optimizer, train_step
@@ -84,7 +84,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def config_of(bench: Bench, name: str, images: Path, steps: int) -> LearnConfig:
-    toy: dict[str, Any] = {"grid": 7, "batch_size": 4, "views": 1} if bench.rehearse else {}
+    toy: dict[str, Any] = {"grid": 7, "batch_size": 4, "crops": 1} if bench.rehearse else {}
     run = RunConfig(out=bench.out / "parts" / name, device=bench.device, threads=bench.cores, checkpoint_minutes=0.25)
     settings: dict[str, Any] = {"steps": steps} | METHODS[name] | toy
     return LearnConfig(images=str(images), encoder=bench.encoder, run=run, **settings)
@@ -131,7 +131,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
     )
     learner = new_learner(config, encoder).to(encoder.device)
     optimizer = new_optimizer(learner, config)
-    views = Views(config, encoder, some_images(config.images, config.batch_size))
+    views = TokenCrops(config, encoder, some_images(config.images, config.batch_size))
     began = time.perf_counter()
     start(learner, config, encoder, views)
     with closing(views.batches(step=0)) as batches:
@@ -143,7 +143,7 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
             seconds=bench.measuring(1.0),
         )
     step = sorted(taken)[len(taken) // 2]
-    whole = encoding * max(1, config.kept_views) * len(list_images(config.images).images)
+    whole = encoding * max(1, config.kept_crops) * len(list_images(config.images).images)
     fit = int(0.85 * (share * bench.left() - scoring - whole) / step)
     if bench.rehearse:
         return 2

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer, UInt8
 
 from evaluate.parts.metrics import areas, ari, flip_agreement, flip_inside, score, shortcuts
-from evaluate.parts.views import TruthSet, View, shift_cells
+from evaluate.parts.views import SquareView, TruthSet, shift_cells
 from partlearn.labelling.learned import Labeller
 
 BATCH = 16
@@ -61,7 +61,7 @@ def score_labellers(
 
 def control_rows(images: TruthSet, *, size: int, grid: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """What position and colour alone score, by the same measures; how many parts there are matters to bands alone."""
-    views: dict[str, View] = {
+    views: dict[str, SquareView] = {
         "centre": images.centre(size=size, grid=grid),
         "off centre": images.off_centre(size=size, grid=grid),
     }

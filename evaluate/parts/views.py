@@ -28,7 +28,7 @@ class Crop:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class SquareView:
     """The same crop of every image of a set."""
 
     images: UInt8[np.ndarray, "images side side 3"]
@@ -48,7 +48,7 @@ class TruthSet:
         self.images = list_images(folder).images
         self._truth = TruthFiles(folder, [image.name for image in self.images])
 
-    def centre(self, *, size: int, grid: int) -> View:
+    def centre(self, *, size: int, grid: int) -> SquareView:
         """The centre square of the short side, as extraction stores it.
 
         Raises:
@@ -61,11 +61,11 @@ class TruthSet:
             )
         return view
 
-    def off_centre(self, *, size: int, grid: int) -> View:
+    def off_centre(self, *, size: int, grid: int) -> SquareView:
         """The squares at the ends of the long side, one end and the other by turns: place tells less of the parts."""
         return self._view(lambda width, height, index: _square(width, height, index % 2), size, grid)
 
-    def shifted(self, *, size: int, grid: int) -> tuple[View, View]:
+    def shifted(self, *, size: int, grid: int) -> tuple[SquareView, SquareView]:
         """Two crops of every image, the second `shift_cells` further right: together about as wide as the short side.
 
         Their side is such that the distance is a whole number of pixels: cells that both show hold the same ones.
@@ -83,9 +83,9 @@ class TruthSet:
             self._view(lambda width, height, index: crop(width, height, 1), size, grid),
         )
 
-    def _view(self, crop_of, size: int, grid: int) -> View:
+    def _view(self, crop_of, size: int, grid: int) -> SquareView:
         pixels, cells = zip(*self._crops(crop_of, size, grid), strict=True)
-        return View(np.stack(pixels), np.stack(cells))
+        return SquareView(np.stack(pixels), np.stack(cells))
 
     def _crops(self, crop_of, size: int, grid: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for index, file in enumerate(self.images):

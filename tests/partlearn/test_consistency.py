@@ -9,7 +9,7 @@ from conftest import photographs
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, second_view
-from partlearn.crops import CROP_SCALE, Views
+from partlearn.crops import CROP_SCALE, TokenCrops
 from shards.images import list_images
 from training.augment import random_boxes
 from training.config import RunConfig
@@ -87,7 +87,7 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
     config = LearnConfig(images=images, encoder="x", grid=4, steps=1, consistency=1.0, batch_size=6, run=run)
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
 
-    with closing(Views(config, encoder, list_images(images)).batches(step=0)) as batches:
+    with closing(TokenCrops(config, encoder, list_images(images)).batches(step=0)) as batches:
         again = next(batches).again
 
     first = random_boxes(6, scale=CROP_SCALE, generator=torch.Generator().manual_seed(0))
@@ -99,6 +99,6 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
 def test_kept_views_cannot_be_looked_at_again(tmp_path):
     run = RunConfig(out=tmp_path, device="cpu")
 
-    with pytest.raises(ValueError, match="--views 0"):
-        LearnConfig(images="x", encoder="small", consistency=1.0, views=2, run=run)
-    assert LearnConfig(images="x", encoder="small", consistency=1.0, steps=9, run=run).kept_views == 0
+    with pytest.raises(ValueError, match="--crops 0"):
+        LearnConfig(images="x", encoder="small", consistency=1.0, crops=2, run=run)
+    assert LearnConfig(images="x", encoder="small", consistency=1.0, steps=9, run=run).kept_crops == 0

@@ -13,7 +13,7 @@ from oracle import GRID, PARTS, Oracle, painted, read_all
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.crops import View, Views
+from partlearn.crops import TokenCrop, TokenCrops
 from partlearn.decoder import AdaIN, ImageDecoder
 from partlearn.initialise import start
 from partlearn.learner import PartLearner, load_learner
@@ -101,22 +101,22 @@ def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
 FORMS = {"default": {}, "paper": {"paper": True, "decoder_size": 8}}
 
 
-def at_work(form: str, folder: Path) -> tuple[PartLearner, LearnConfig, Encoder, View]:
+def at_work(form: str, folder: Path) -> tuple[PartLearner, LearnConfig, Encoder, TokenCrop]:
     """A learner some way from its start, where products with zeros would hide gradients, and a batch."""
     images = photographs(folder / "photos", 4)
     run = RunConfig(out=folder / "run", device="cpu", precision="fp32")
-    settings: dict[str, Any] = {"grid": 4, "parts": 3, "views": 1, "batch_size": 4} | FORMS[form]
+    settings: dict[str, Any] = {"grid": 4, "parts": 3, "crops": 1, "batch_size": 4} | FORMS[form]
     config = LearnConfig(images=str(images), encoder="random:vit_tiny_patch16_224", run=run, **settings)
     encoder = load_encoder(config.encoder, grid=4, precision="fp32")
     encoder.model.requires_grad_(True)  # were it not frozen by how it is called, gradients would reach it
-    views = Views(config, encoder, list_images(images))
+    views = TokenCrops(config, encoder, list_images(images))
     learner = new_learner(config, encoder)
     start(learner, config, encoder, views)
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=seeded()))
     crops = torch.randint(0, 256, (4, 64, 64, 3), generator=seeded(), dtype=torch.uint8)
-    return learner, config, encoder, View(crops, encoder(crops))
+    return learner, config, encoder, TokenCrop(crops, encoder(crops))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -159,7 +159,7 @@ def test_labels_of_a_mirror_image_are_the_mirrored_labels(changes, tmp_path):
         encoder="oracle",
         grid=GRID,
         parts=PARTS,
-        views=1,
+        crops=1,
         batch_size=12,
         run=RunConfig(out=tmp_path / "run", device="cpu", precision="fp32"),
         **changes,

@@ -21,7 +21,7 @@ def learned_ari(folder: Path, *, shuffled: bool = False, **changes: Any) -> floa
         encoder="oracle",
         grid=GRID,
         parts=PARTS,
-        views=2,
+        crops=2,
         batch_size=16,
         run=RunConfig(out=folder / "run", device="cpu", precision="fp32"),
         **{"steps": 120} | changes,

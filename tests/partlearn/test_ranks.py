@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--encoder random:vit_tiny_patch16_224 --grid 4 --parts 3 --batch-size 4 --steps 4 --device cpu --precision fp32"
 )
-PAPER = "--paper --views 0 --decoder-size 8"
-FEATURES = "--views 0 --balance 0"
+PAPER = "--paper --crops 0 --decoder-size 8"
+FEATURES = "--crops 0 --balance 0"
 ROUNDING = {"paper": ("convs.0.bias", "convs.1.bias"), "features": ()}
 """AdaIN takes those biases away: their gradient is rounding, which Adam blows up to whole steps."""
 COMMANDS = {
@@ -56,8 +56,8 @@ def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
 
 
 def test_ranks_that_cannot_share_kept_views_are_refused_before_a_image_is_looked_for(tmp_path):
-    done = learn_parts("two", "--views 2", tmp_path / "nowhere", tmp_path / "run")
+    done = learn_parts("two", "--crops 2", tmp_path / "nowhere", tmp_path / "run")
 
     assert done.returncode != 0
     assert not (tmp_path / "run").exists()
-    assert "2 ranks cannot share views kept in memory (--views 2); take --views 0" in done.stderr
+    assert "2 ranks cannot share views kept in memory (--crops 2); take --crops 0" in done.stderr

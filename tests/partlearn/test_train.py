@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
 
 
 def config(photos, out, **changes) -> LearnConfig:
-    settings = {"grid": 4, "parts": 3, "views": 2, "steps": 6, "batch_size": 4} | changes
+    settings = {"grid": 4, "parts": 3, "crops": 2, "steps": 6, "batch_size": 4} | changes
     run = RunConfig(out=out, device="cpu", precision="fp32")
     return LearnConfig(images=str(photos), encoder="random:vit_tiny_patch16_224", run=run, **settings)
 
@@ -40,7 +40,7 @@ def weights(run):
     return checkpoint.load_tensors(checkpoint.find(run))[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"views": 0}, LITERAL], ids=["default", "fresh views", "literal"])
+@pytest.mark.parametrize("changes", [{}, {"crops": 0}, LITERAL], ids=["default", "fresh views", "literal"])
 def test_stopping_and_resuming_gives_the_same_weights(changes, photos, tmp_path):
     learn(config(photos, tmp_path / "straight", **changes))
 
@@ -70,7 +70,7 @@ def test_the_kmeans_start_reads_each_of_its_fresh_views_once(photos, tmp_path):
 
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
     encoder.__class__ = Counting
-    settings = config(photos, tmp_path / "run", steps=0, views=0, batch_size=6)
+    settings = config(photos, tmp_path / "run", steps=0, crops=0, batch_size=6)
 
     learn(settings, encoder=encoder)
 
@@ -124,7 +124,7 @@ def test_a_corrupt_image_is_named_once(tmp_path, capsys):
     folder = photographs(tmp_path / "photos", 5)
     (folder / "torn.jpg").write_bytes(b"no image")
 
-    learn(config(folder, tmp_path / "run", views=0, steps=4))
+    learn(config(folder, tmp_path / "run", crops=0, steps=4))
 
     assert capsys.readouterr().err.count("torn.jpg cannot be read (not an image") == 1
 
@@ -136,8 +136,8 @@ def test_parts_that_are_nowhere_are_told_what_there_is(name):
 
 
 def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
-    with pytest.raises(ValueError, match="lower --views"):
-        learn(config(photos, tmp_path / "run", views=10**9))
+    with pytest.raises(ValueError, match="lower --crops"):
+        learn(config(photos, tmp_path / "run", crops=10**9))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [LITERAL | {"target": "both"}, LITERAL | {"style": "nothing"}, {"consistency": 1.0, "views": 0}]
+    "changes", [LITERAL | {"target": "both"}, LITERAL | {"style": "nothing"}, {"consistency": 1.0, "crops": 0}]
 )
 def test_every_loss_trains_what_it_reaches(changes, photos, tmp_path):
     chosen = config(photos, tmp_path / "run", **changes)
@@ -214,7 +214,7 @@ def test_paper_is_the_literal_form(photos, tmp_path):
 def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_path):
     run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
     chosen = LearnConfig(
-        images=str(photos), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, views=2, batch_size=4, run=run
+        images=str(photos), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, crops=2, batch_size=4, run=run
     )
 
     report = learn(chosen)
@@ -253,4 +253,4 @@ def test_a_run_killed_before_its_report_gives_the_same_report_and_warnings(steps
 
 def test_more_parts_than_cells_to_start_from_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"k-means of 200 parts needs as many cells, and there are \d+; ask for fewer"):
-        learn(config(photographs(tmp_path / "photos", 6), tmp_path / "run", parts=200, views=0, steps=0))
+        learn(config(photographs(tmp_path / "photos", 6), tmp_path / "run", parts=200, crops=0, steps=0))

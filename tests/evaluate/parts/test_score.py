@@ -351,7 +351,7 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
 
 def test_baselines_stand_on_the_encoder_of_the_first_learner_or_on_small(painted, tmp_path):
     images, run = str(painted / "images"), RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
-    learn(LearnConfig(images=images, encoder=TINY, grid=GRID, views=1, run=run))
+    learn(LearnConfig(images=images, encoder=TINY, grid=GRID, crops=1, run=run))
 
     for parts, encoder in ((("grid", str(run.out)), TINY), (("grid",), "small")):
         rows = scored(painted, parts=parts, encoder=())
