@@ -88,7 +88,7 @@ def _stored(
             data = read_bytes(file)
             image = decode_rgb(data)
         except (OSError, ImageError) as error:
-            rejected.append(Rejected(source=file.name, ordinal=ordinal, stage="decode", reason=str(error)))
+            rejected.append(Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error)))
             continue
         _lay_down(file, data, originals, ordinal)
         cropped, box = square(image, SIZE)

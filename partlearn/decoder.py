@@ -45,7 +45,7 @@ class AdaIN(nn.Module):
         return scale * (x.float() - mean) * torch.rsqrt(variance + 1e-5) + shift
 
 
-class Stage(nn.Module):
+class Block(nn.Module):
     """Two convolutions with AdaIN at one resolution."""
 
     def __init__(self, dim: int, channels_in: int, channels: int):
@@ -70,15 +70,15 @@ class ImageDecoder(nn.Module):
         super().__init__()
         doublings = (size // grid).bit_length() - 1
         widths = [256, 128, 64, 32, 32][: doublings + 1]
-        self.stages = nn.ModuleList(Stage(dim, w_in, w) for w_in, w in zip([parts, *widths], widths, strict=False))
+        self.blocks = nn.ModuleList(Block(dim, w_in, w) for w_in, w in zip([parts, *widths], widths, strict=False))
         self.to_pixels = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(
         self, maps: Float[Tensor, "batch parts rows cols"], class_token: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch 3 height width"]:
         x = blur(maps)
-        for number, stage in enumerate(self.stages):
+        for number, block in enumerate(self.blocks):
             if number:
                 x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            x = stage(x, class_token)
+            x = block(x, class_token)
         return self.to_pixels(x)

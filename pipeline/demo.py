@@ -48,7 +48,7 @@ SHORT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
+class Job:
     """Every config of the demo; the settings were chosen for ten minutes on two cores (docs/log.md)."""
 
     config: DemoConfig
@@ -127,28 +127,28 @@ def demo(config: DemoConfig) -> None:
     images = config.out / "images"
     if procedural:
         _step("drawing", "creatures, with true parts", lambda: _draw(images, config.seed))
-    stages = Stages(config, str(images / "train") if procedural else str(config.images))
-    classes = list_images(stages.images).classes
+    job = Job(config, str(images / "train") if procedural else str(config.images))
+    classes = list_images(job.images).classes
 
-    parts = _learn_parts(stages) if procedural else Path("small")  # encoders/builtin/README.md
+    parts = _learn_parts(job) if procedural else Path("small")  # encoders/builtin/README.md
     _step(
         "shards",
         "labels beside every image",
-        lambda: extract(stages.shards(stages.images, parts, "shards")),
+        lambda: extract(job.shards(job.images, parts, "shards")),
     )
     epochs = _epochs(len(ShardSet.open(config.out / "shards")))
     runs = {
-        "untrained": stages.pretraining("untrained", masking="random", epochs=0),
-        "random masking": stages.pretraining("random", masking="random", epochs=epochs),
-        "semantic masking": stages.pretraining("semmae", masking="semmae", epochs=epochs),
+        "untrained": job.pretraining("untrained", masking="random", epochs=0),
+        "random masking": job.pretraining("random", masking="random", epochs=epochs),
+        "semantic masking": job.pretraining("semmae", masking="semmae", epochs=epochs),
     }
     for name, pretraining in runs.items():
         _step("pretrain", name, lambda pretraining=pretraining: pretrain(pretraining))
 
     if procedural:
-        val = stages.shards(str(images / "val"), parts, "shards-val")
+        val = job.shards(str(images / "val"), parts, "shards-val")
         _step("shards", "labels of the held-out images", lambda: extract(val))
-        _print_parts(stages, images, val)
+        _print_parts(job, images, val)
     _print_accuracy(config, runs, classes, procedural)
     sheet = draw_sheet(
         config.out / "sheet.png",
@@ -159,11 +159,11 @@ def demo(config: DemoConfig) -> None:
     print(f"image sheet: {sheet}\nall of it in {duration(time.monotonic() - began)}; everything lies in {config.out}")
 
 
-def _learn_parts(stages: Stages) -> Path:
+def _learn_parts(job: Job) -> Path:
     """On drawings, which no photograph prepares for."""
-    encoder = stages.encoder(trained=True)
+    encoder = job.encoder(trained=True)
     _step("encoder", "a small ViT by self-distillation", lambda: distill(encoder))
-    parts = stages.parts(encoder, "parts")
+    parts = job.parts(encoder, "parts")
     _step("parts", "six parts and the background from its tokens", lambda: learn(parts))
     return parts.run.out
 
@@ -185,11 +185,11 @@ def _step(name: str, what: str, work: Callable[[], Any]) -> None:
     print(f"{name:9} {what}: {duration(time.monotonic() - began)}", file=sys.stderr, flush=True)
 
 
-def _print_parts(stages: Stages, images: Path, val: ExtractConfig) -> None:
+def _print_parts(job: Job, images: Path, val: ExtractConfig) -> None:
     """Labels against the truth, beside shortcuts and the same learner on an untrained encoder."""
-    untrained = stages.encoder(trained=False)
-    parts = stages.parts(untrained, "parts-untrained")
-    control = stages.shards(val.images, parts.run.out, "shards-val-untrained")
+    untrained = job.encoder(trained=False)
+    parts = job.parts(untrained, "parts-untrained")
+    control = job.shards(val.images, parts.run.out, "shards-val-untrained")
     _step(
         "control",
         "the same learner on an untrained encoder",
@@ -202,7 +202,7 @@ def _print_parts(stages: Stages, images: Path, val: ExtractConfig) -> None:
         },
         truth=images / "val",
     )
-    write_json(stages.config.out / "parts.json", rows)
+    write_json(job.config.out / "parts.json", rows)
     table = Table("", *SHORT.values(), title=f"parts and foreground against the truth, {HELD_OUT} held-out images")
     for row in rows:
         table.add_row(row["method"], *("" if row[c] is None else f"{row[c]:.3f}" for c in SHORT))

@@ -11,15 +11,15 @@ from training.config import RunConfig
 class StreamRun(RunConfig):
     """Where and how fast a run computes that reads a stream of shards; nothing here changes a result."""
 
-    stage: Path | None = None
+    cache: Path | None = None
     """Folder on a local disk: shards are copied there, with checksums, ahead of use (needed for s3:// and gs://)."""
-    stage_gb: float = 50.0
+    cache_gb: float = 50.0
     """Most that the copies may take."""
 
     def __post_init__(self):
         super(StreamRun, self).__post_init__()
-        if self.stage_gb <= 0:
-            raise ValueError(f"stage_gb must be above 0, got {self.stage_gb}")
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb must be above 0, got {self.cache_gb}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class PretrainConfig:
     patch 8 with the foreground quarter (--keep-share 0.25)."""
 
     data: str
-    """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --stage."""
+    """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --cache."""
     labels: str | None = None
     """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/; its own unless told."""
     masking: Literal["semmae", "random"] = "semmae"

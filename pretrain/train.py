@@ -45,9 +45,9 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
             distributed.barrier()
             if run.finished:
                 return run.report()
-            stage_bytes = int(config.run.stage_gb * 1e9)
+            cache_bytes = int(config.run.cache_gb * 1e9)
             with ShardSet.open(
-                config.data, labels=config.labels, stage=config.run.stage, stage_bytes=stage_bytes
+                config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes
             ) as shards:
                 return _train(config, run, shards, stop_after_steps)
     finally:

@@ -12,9 +12,7 @@ from shards.index import merged, table_bytes
 from shards.shard_set import FORMAT, VERSION
 from shards.writer import shard_paths
 
-REJECTED = pa.schema(
-    [("source", pa.string()), ("ordinal", pa.int64()), ("stage", pa.string()), ("reason", pa.string())]
-)
+REJECTED = pa.schema([("source", pa.string()), ("ordinal", pa.int64()), ("step", pa.string()), ("reason", pa.string())])
 
 
 def open_plan(folder: Path, plan: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from shards.errors import ShardError
 PIECE = 1 << 20
 
 
-class Stage:
+class Cache:
     """One thread copies the shards of the coming windows; those of past windows go when room is needed.
 
     A copy is compared with its sha256 and renamed, so that a reader sees a whole one or none. Ranks of one machine
@@ -81,12 +81,12 @@ class Stage:
             if ahead > 1:
                 advice = f"read smaller batches or more shards at a time: batches under way span {ahead} windows"
             raise ValueError(
-                f"staging needs {needed / 1e9:.2f} GB in {self.folder.parent} and may take {self.max_bytes / 1e9:.2f}; "
-                f"raise --stage-gb, or {advice}"
+                f"caching needs {needed / 1e9:.2f} GB in {self.folder.parent} and may take {self.max_bytes / 1e9:.2f}; "
+                f"raise --cache-gb, or {advice}"
             )
         self.close()
         self._ahead, self._reached, self._closed, self._failed = [], 0, False, None
-        self._thread = threading.Thread(target=self._copy_ahead, args=(windows, ahead), name="stage", daemon=True)
+        self._thread = threading.Thread(target=self._copy_ahead, args=(windows, ahead), name="cache", daemon=True)
         self._thread.start()
 
     def reached(self, position: int) -> None:

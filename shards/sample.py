@@ -43,7 +43,7 @@ class Rejected:
 
     source: str
     ordinal: int
-    stage: str
+    step: str
     reason: str
 
 

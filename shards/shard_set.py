@@ -12,7 +12,7 @@ import numpy as np
 
 from shards import storage
 from shards.atomic import read_json, sha256_file
-from shards.cache import Stage
+from shards.cache import Cache
 from shards.errors import SampleError, ShardError
 from shards.index import Row, load_rows, read_column
 from shards.sample import HEADER, Sample, npy_header
@@ -30,8 +30,8 @@ PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
 class ShardSet:
     """An open, whole shard set; with `labels`, the labels come from a label set over the same images."""
 
-    def __init__(self, path: Path, info: dict[str, Any], rows: np.ndarray, stage: Stage | None):
-        self.path, self.info, self.stage = path, info, stage
+    def __init__(self, path: Path, info: dict[str, Any], rows: np.ndarray, cache: Cache | None):
+        self.path, self.info, self.cache = path, info, cache
         self.size, self.grid, self.groups = int(info["size"]), int(info["grid"]), int(info["groups"])
         self.heads = int(info.get("heads", 0))
         self.classes: tuple[str, ...] = tuple(info["classes"])
@@ -53,24 +53,24 @@ class ShardSet:
         path: str | Path,
         *,
         labels: str | Path | None = None,
-        stage: str | Path | None = None,
-        stage_bytes: int = 50_000_000_000,
+        cache: str | Path | None = None,
+        cache_bytes: int = 50_000_000_000,
     ) -> "ShardSet":
         """Open the set in `path`, a folder or a URI.
 
         Args:
             labels: A label set over it: a folder, or the name of one in `path`/labels.
-            stage: Local folder into which the shards are copied, with checksums, before they are read.
-            stage_bytes: Most that the copies may take there.
+            cache: Local folder into which the shards are copied, with checksums, before they are read.
+            cache_bytes: Most that the copies may take there.
 
         Raises:
             FileNotFoundError: There is no such folder.
-            ValueError: The set is remote and no `stage` is given, or the labels are of other images.
+            ValueError: The set is remote and no `cache` is given, or the labels are of other images.
             ShardError: The set is not finished, of another format, or its index is not the one it names.
         """
-        if stage is None and storage.is_remote(path):
-            raise ValueError(f"{path} is remote: name with --stage a folder on a local disk for copies of its shards")
-        copies = None if stage is None else Stage(str(path), Path(stage), stage_bytes)
+        if cache is None and storage.is_remote(path):
+            raise ValueError(f"{path} is remote: name with --cache a folder on a local disk for copies of its shards")
+        copies = None if cache is None else Cache(str(path), Path(cache), cache_bytes)
         folder = copies.folder if copies else Path(path)
         info = read_info(folder)
         index = folder / "index.parquet"
@@ -86,7 +86,7 @@ class ShardSet:
 
     def _take_labels(self, folder: str | Path) -> None:
         if storage.is_remote(folder):
-            raise ValueError(f"the labels {folder} are remote; copy the label set to a local disk (shards are staged)")
+            raise ValueError(f"the labels {folder} are remote; copy the label set to a local disk (shards are cached)")
         theirs = ShardSet.open(folder)
         if theirs.info.get("labels_of") != self.fingerprint:
             raise ValueError(
@@ -196,7 +196,7 @@ class ShardSet:
         Raises:
             ShardError: One is missing, or shorter or longer than it was written.
         """
-        for number, told in enumerate([] if self.stage else self.info["shards"]):
+        for number, told in enumerate([] if self.cache else self.info["shards"]):
             tar = shard_paths(self.path, number)[0]
             size = tar.stat().st_size if tar.is_file() else None
             if size != told["bytes"]:
@@ -220,9 +220,9 @@ class ShardSet:
 
     def _opened(self, shard: int) -> "OpenFile":
         path = shard_paths(self.path, shard)[0]
-        for _ in range(TRIES if self.stage else 1):  # another rank may make room between the copy and its opening
-            if self.stage:
-                path = self.stage.local(shard)
+        for _ in range(TRIES if self.cache else 1):  # another rank may make room between the copy and its opening
+            if self.cache:
+                path = self.cache.local(shard)
             with suppress(FileNotFoundError):
                 return OpenFile(path)
         raise ShardError(f"{path} is missing; {AGAIN}")
@@ -231,15 +231,15 @@ class ShardSet:
         """Reading has come to `position`: copies of shards before it may go.
 
         Raises:
-            ShardError: See `Stage.reached`.
+            ShardError: See `Cache.reached`.
         """
-        if self.stage:
-            self.stage.reached(position)
+        if self.cache:
+            self.cache.reached(position)
         self._let_go_of_deleted()
 
     def _let_go_of_deleted(self) -> None:
         """An open file keeps its room on the disk after it is deleted, whoever deletes it."""
-        if self.stage:
+        if self.cache:
             with self._lock:
                 self._files = {shard: file for shard, file in self._files.items() if not file.deleted}
 
@@ -247,8 +247,8 @@ class ShardSet:
         """Close every file."""
         with self._lock:
             self._files.clear()
-        if self.stage:
-            self.stage.close()
+        if self.cache:
+            self.cache.close()
         if self.labels:
             self.labels.close()
 

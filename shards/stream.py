@@ -33,7 +33,7 @@ class Stream:
             stream stops; 0 stops at the first.
 
     Raises:
-        ValueError: The ranks do not divide the batch, there are no images or no attention to give, or a stage is
+        ValueError: The ranks do not divide the batch, there are no images or no attention to give, or a cache is
             too small for the window.
         ShardError: A shard is missing; while iterating: a sample is damaged (shard, key and offset are named).
     """
@@ -97,10 +97,10 @@ class Stream:
         self.position = state["position"]
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        stage = self.shards.stage
-        if stage:
+        cache = self.shards.cache
+        if cache:
             under_way = (self.prefetch + 1) * self.batch_size
-            stage.follow(self._epochs.windows(self.position), window=self._epochs.window, under_way=under_way)
+            cache.follow(self._epochs.windows(self.position), window=self._epochs.window, under_way=under_way)
         batches = self._reader.decoded(self._places(), threads=self.threads, prefetch=self.prefetch)
         try:
             for batch in batches:
@@ -108,8 +108,8 @@ class Stream:
                 yield batch
         finally:
             batches.close()
-            if stage:
-                stage.close()
+            if cache:
+                cache.close()
 
     def _places(self) -> Iterator[Place]:
         """This rank's block of every global batch."""

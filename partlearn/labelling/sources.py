@@ -74,11 +74,11 @@ class FromImages:
         try:
             data = read_bytes(file)
         except OSError as error:
-            return Rejected(source=file.name, ordinal=ordinal, stage="read", reason=str(error))
+            return Rejected(source=file.name, ordinal=ordinal, step="read", reason=str(error))
         try:
             image = decode_rgb(data)
         except ImageError as error:
-            return Rejected(source=file.name, ordinal=ordinal, stage="decode", reason=str(error))
+            return Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error))
         cropped, box = square(image, self.size)
         buffer = io.BytesIO()
         cropped.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")

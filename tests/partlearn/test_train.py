@@ -195,7 +195,7 @@ def test_a_style_that_may_know_nothing_is_the_same_for_every_image(photos, tmp_p
         learn(config(photos, tmp_path / style, **LITERAL, style=style))
 
     fresh = new_learner(config(photos, tmp_path, **LITERAL), load_encoder("random:vit_tiny_patch16_224", grid=4))
-    name = "decoder.stages.0.styles.0.style.weight"
+    name = "decoder.blocks.0.styles.0.style.weight"
     before = fresh.state_dict()[name]
     knowing, blind = ((weights(tmp_path / style)[name] / before).std() for style in ("class", "nothing"))
     assert blind < 1e-5 < knowing

@@ -84,7 +84,7 @@ def test_the_unreadable_are_listed_and_the_rest_is_processed(parts, tmp_path):
 
     rejected = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
     assert {row["source"] for row in rejected} == {"truncated.jpg", "text.jpg"}
-    assert all(row["stage"] == "decode" and row["reason"] for row in rejected)
+    assert all(row["step"] == "decode" and row["reason"] for row in rejected)
     assert (info["samples"], info["rejected"], info["inputs"]["count"]) == (9, 2, 11)
     with ShardSet.open(tmp_path / "out") as shards:
         assert {"cmyk.jpg", "grey.jpg", "png_named.jpg", "deep.png"} <= set(shards.sources)

@@ -77,7 +77,7 @@ def test_a_staged_stream_is_the_unstaged_one_bit_for_bit_in_two_windows_of_room(
     """One and a half epochs, so that shards are copied, let go, and copied again. What is decoded far ahead spans more
     windows, and needs room for them."""
     room = two_windows(original) * (2 if "prefetch" in options else 1)
-    with ShardSet.open(source, stage=tmp_path, stage_bytes=room) as staged:
+    with ShardSet.open(source, cache=tmp_path, cache_bytes=room) as staged:
         assert same(stream(staged, **options), stream(original, **options), 30)
 
 
@@ -118,7 +118,7 @@ def test_the_copies_never_take_more_than_they_may(pause, threads, source, origin
     budget = two_windows(original)
     tolerance = max(shard["bytes"] for shard in original.info["shards"])
     with (
-        ShardSet.open(source, stage=tmp_path, stage_bytes=budget) as staged,
+        ShardSet.open(source, cache=tmp_path, cache_bytes=budget) as staged,
         Watch(staged.path / "shards") as watch,
     ):
         for _ in range(2):  # the second stream begins where the first began, with its last copies there
@@ -135,7 +135,7 @@ def test_the_copies_never_take_more_than_they_may(pause, threads, source, origin
 
 def test_shards_of_past_windows_are_deleted_and_take_no_room_of_the_disk(original, tmp_path):
     """An open file keeps its room after it is deleted: none stays open."""
-    with ShardSet.open(original.path, stage=tmp_path, stage_bytes=two_windows(original)) as staged:
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as staged:
         batches = iter(Stream(staged, batch_size=BATCH, seed=0, window=WINDOW, prefetch=0))
         windows = Epochs(original.shard_sizes, seed=0, window=WINDOW).windows(0)
         first, second, third, fourth = ({f"{n:06d}.tar" for n in numbers} for _, numbers in islice(windows, 4))
@@ -155,7 +155,7 @@ def test_reading_in_order_stays_within_the_size_too(original, tmp_path):
     """Nothing says what comes next, so copies are made as they are needed."""
     budget = two_windows(original)
     with (
-        ShardSet.open(original.path, stage=tmp_path, stage_bytes=budget) as staged,
+        ShardSet.open(original.path, cache=tmp_path, cache_bytes=budget) as staged,
         Watch(staged.path / "shards") as watch,
     ):
         read = [index for batch in in_order(staged, batch_size=4) for index in batch.indices.tolist()]
@@ -179,18 +179,18 @@ def wait_until(true, seconds: float = 20.0) -> None:
 
 def test_a_budget_below_two_windows_is_refused_with_the_size_it_needs(original, tmp_path):
     needed = two_windows(original)
-    with ShardSet.open(original.path, stage=tmp_path, stage_bytes=needed - 1) as staged:
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed - 1) as staged:
         batches = stream(staged)
 
-        with pytest.raises(ValueError, match=rf"needs {needed / 1e9:.2f} GB .* raise --stage-gb, or choose a smaller"):
+        with pytest.raises(ValueError, match=rf"needs {needed / 1e9:.2f} GB .* raise --cache-gb, or choose a smaller"):
             next(batches)
 
-    with ShardSet.open(original.path, stage=tmp_path, stage_bytes=needed) as staged:
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed) as staged:
         assert same(stream(staged), stream(original), 1)
 
 
 def test_without_windows_all_shards_must_fit(original, tmp_path):
-    with ShardSet.open(original.path, stage=tmp_path, stage_bytes=two_windows(original)) as staged:
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as staged:
         batches = stream(staged, window=0)
 
         with pytest.raises(ValueError, match="shuffle windows of shards, with --window 8"):
@@ -198,19 +198,19 @@ def test_without_windows_all_shards_must_fit(original, tmp_path):
 
 
 def test_a_remote_set_without_a_stage_is_a_sentence():
-    with pytest.raises(ValueError, match=r"^s3://images/set is remote: name with --stage a folder on a local disk"):
+    with pytest.raises(ValueError, match=r"^s3://images/set is remote: name with --cache a folder on a local disk"):
         ShardSet.open("s3://images/set")
 
 
 def test_no_set_at_a_place_is_a_sentence(s3, tmp_path):
     for nowhere in ("s3://images/nowhere", "s3://no-such-bucket/set", str(tmp_path / "nowhere")):
         with pytest.raises(FileNotFoundError, match=rf"no whole shard set at {nowhere}: dataset\.json is missing"):
-            ShardSet.open(nowhere, stage=tmp_path / "stage")
+            ShardSet.open(nowhere, cache=tmp_path / "step")
 
 
 def test_labels_lie_on_a_local_disk(original, tmp_path):
     with pytest.raises(ValueError, match=r"the labels s3://images/labels are remote; copy"):
-        ShardSet.open(original.path, stage=tmp_path, labels="s3://images/labels")
+        ShardSet.open(original.path, cache=tmp_path, labels="s3://images/labels")
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def harmed(tar: Path, at: int = 700) -> None:
 def test_s8_a_damaged_remote_shard_is_named_and_not_kept(at, mine, s3, tmp_path):
     """Its sha256 tells even of bytes that no sample needs."""
     harmed(mine / "shards/000004.tar", at)
-    with ShardSet.open(upload(mine, s3), stage=tmp_path / "stage") as staged:
+    with ShardSet.open(upload(mine, s3), cache=tmp_path / "step") as staged:
         with pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is damaged: its sha256"):
             list(islice(stream(staged), 40))
 
@@ -241,7 +241,7 @@ def test_s8_a_lost_remote_shard_is_named(mine, s3, tmp_path):
     (mine / "shards/000004.tar").unlink()
 
     with (
-        ShardSet.open(upload(mine, s3), stage=tmp_path / "stage") as staged,
+        ShardSet.open(upload(mine, s3), cache=tmp_path / "step") as staged,
         pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is missing; upload it again"),
     ):
         list(islice(stream(staged), 40))
@@ -251,14 +251,14 @@ def test_s8_an_index_that_is_not_the_one_named_is_refused(mine, s3, tmp_path):
     shutil.copy(mine / "shards/000000.parquet", mine / "index.parquet")
 
     with pytest.raises(ShardError, match=r"index\.parquet is missing or not the one dataset\.json names"):
-        ShardSet.open(upload(mine, s3), stage=tmp_path / "stage")
+        ShardSet.open(upload(mine, s3), cache=tmp_path / "step")
 
 
 def test_after_the_store_has_mended_the_same_set_streams_on(mine, original, tmp_path):
     """What failed once is asked for again by the next stream."""
     whole = (mine / "shards/000004.tar").read_bytes()
     harmed(mine / "shards/000004.tar")
-    with ShardSet.open(mine, stage=tmp_path / "stage") as staged:
+    with ShardSet.open(mine, cache=tmp_path / "step") as staged:
         with pytest.raises(ShardError, match="sha256"):
             list(islice(stream(staged), 40))
         (mine / "shards/000004.tar").write_bytes(whole)
@@ -268,14 +268,14 @@ def test_after_the_store_has_mended_the_same_set_streams_on(mine, original, tmp_
 
 def test_a_set_built_anew_at_the_same_place_is_copied_anew(original, tmp_path):
     """Other images, other checksums, and shards of the same names and sizes: old copies must not stand in."""
-    place, stage = tmp_path / "place", tmp_path / "stage"
+    place, stage = tmp_path / "place", tmp_path / "step"
     shutil.copytree(original.path, place)
-    with ShardSet.open(place, stage=stage) as staged:
+    with ShardSet.open(place, cache=stage) as staged:
         list(in_order(staged, batch_size=20))
     shutil.rmtree(place)
     write_set(place, count=60, size=32, samples_per_shard=6, seed=1)
 
-    with ShardSet.open(place) as plain, ShardSet.open(place, stage=stage) as staged:
+    with ShardSet.open(place) as plain, ShardSet.open(place, cache=stage) as staged:
         alike = [
             one["bytes"] == other["bytes"]
             for one, other in zip(plain.info["shards"], original.info["shards"], strict=True)
@@ -295,7 +295,7 @@ def test_copies_that_vanish_under_the_reader_are_copied_again(original, tmp_path
                 copy.unlink(missing_ok=True)
             time.sleep(0.001)
 
-    with ShardSet.open(original.path, stage=tmp_path) as staged:
+    with ShardSet.open(original.path, cache=tmp_path) as staged:
         other = threading.Thread(target=sweep, args=(staged.path / "shards",))
         other.start()
         try:
@@ -312,7 +312,7 @@ from shards import stage
 from shards.shard_set import ShardSet
 
 stage.PIECE = 512
-with ShardSet.open(sys.argv[1], stage=sys.argv[2]) as shards:
+with ShardSet.open(sys.argv[1], cache=sys.argv[2]) as shards:
     print("begun", flush=True)
     shards.read(0)
 """
@@ -324,7 +324,7 @@ def environment() -> dict[str, str]:
 
 def test_g3_a_kill_while_a_shard_is_copied_leaves_nothing_that_is_taken_for_whole(mine, original, tmp_path):
     """The store is a pipe here, so that the kill comes in the middle of the copy for certain."""
-    tar, stage = mine / "shards/000000.tar", tmp_path / "stage"
+    tar, stage = mine / "shards/000000.tar", tmp_path / "step"
     whole = tar.read_bytes()
     tar.unlink()
     os.mkfifo(tar)
@@ -338,7 +338,7 @@ def test_g3_a_kill_while_a_shard_is_copied_leaves_nothing_that_is_taken_for_whol
     tar.unlink()
     tar.write_bytes(whole)
 
-    with ShardSet.open(mine, stage=stage, stage_bytes=two_windows(original)) as staged:
+    with ShardSet.open(mine, cache=stage, cache_bytes=two_windows(original)) as staged:
         assert not list(stage.glob("*/shards/.*.part"))
         assert same(stream(staged), stream(original), 25)
         for copy in staged.path.glob("shards/*.tar"):
@@ -352,7 +352,7 @@ from shards.shard_set import ShardSet
 from shards.stream import Stream
 
 source, stage, budget, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-with ShardSet.open(source, stage=stage, stage_bytes=budget) as shards:
+with ShardSet.open(source, cache=stage, cache_bytes=budget) as shards:
     stream = Stream(shards, batch_size=6, seed=0, window=2, rank=rank, world_size=2, prefetch=1)
     for batch in islice(stream, 25):
         digest = hashlib.sha256(batch.images.tobytes() + batch.parts.tobytes() + batch.fgrank.tobytes())
@@ -384,7 +384,7 @@ def test_two_ranks_share_one_stage(original, tmp_path):
 def test_a_stage_leaves_what_it_copies_from_as_it_was(original, tmp_path):
     before = {file: (file.stat().st_mtime_ns, sha256_file(file)) for file in original.path.rglob("*.*")}
 
-    with ShardSet.open(original.path, stage=tmp_path) as staged:
+    with ShardSet.open(original.path, cache=tmp_path) as staged:
         list(islice(stream(staged), 20))
 
     assert {file: (file.stat().st_mtime_ns, sha256_file(file)) for file in original.path.rglob("*.*")} == before

@@ -192,5 +192,5 @@ def test_g2_a_image_that_is_gone_is_rejected_with_the_reason(learned, s3, tmp_pa
     extracted(str(tmp_path / "list.txt"), learned, tmp_path / "out")
 
     (rejected,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
-    assert (rejected["source"], rejected["stage"]) == (f"{remote}/gone.jpg", "read")
+    assert (rejected["source"], rejected["step"]) == (f"{remote}/gone.jpg", "read")
     assert "does not exist" in rejected["reason"]

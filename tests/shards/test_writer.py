@@ -233,8 +233,8 @@ def test_rejects_are_told_and_a_shard_may_be_all_of_them(tmp_path):
 
     assert (info["samples"], info["rejected"], len(ShardSet.open(tmp_path))) == (2, 2, 2)
     assert pq.read_table(tmp_path / "rejected.parquet").to_pylist() == [
-        {"source": "b.jpg", "ordinal": 2, "stage": "decode", "reason": "no image"},
-        {"source": "c.jpg", "ordinal": 3, "stage": "read", "reason": "gone"},
+        {"source": "b.jpg", "ordinal": 2, "step": "decode", "reason": "no image"},
+        {"source": "c.jpg", "ordinal": 3, "step": "read", "reason": "gone"},
     ]
 
 

@@ -148,7 +148,7 @@ def test_the_only_image_of_a_shard_is_rejected_with_the_reason(tmp_path):
 
     assert (info["samples"], info["rejected"]) == (4, 1)
     rejected = pq.read_table(tmp_path / "set" / "rejected.parquet").to_pylist()[0]
-    assert (rejected["ordinal"], rejected["stage"]) == (4, "label")
+    assert (rejected["ordinal"], rejected["step"]) == (4, "label")
     assert rejected["reason"] == "shuffled-heads needs another image, and no other of its shard can be read"
     assert verify(tmp_path / "set", "deep") == []
 
