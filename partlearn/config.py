@@ -37,7 +37,7 @@ class LearnConfig:
     block's, and after the norm with small."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
-    parts: int = 6
+    num_parts: int = 6
     """Parts to learn."""
     paper: bool = False
     """The paper's literal form: pixels rebuilt from maps of the whole image, no k-means, no background. Sets
@@ -98,8 +98,8 @@ class LearnConfig:
                 object.__setattr__(self, name, value)
         if self.whiten is None:
             object.__setattr__(self, "whiten", 64)
-        if not 2 <= self.parts <= 255:
-            raise ValueError(f"parts must lie between 2 and 255 (labels are bytes), got {self.parts}")
+        if not 2 <= self.num_parts <= 255:
+            raise ValueError(f"num_parts must lie between 2 and 255 (labels are bytes), got {self.num_parts}")
         if self.foreground_share is not None and not 0 < self.foreground_share <= 1:
             raise ValueError(f"foreground_share must lie in (0, 1], got {self.foreground_share}")
         if self.grid > 256:
@@ -166,7 +166,7 @@ class ExtractConfig:
     """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
     encoder_block: int | None = None
     """Of a baseline: the block (from 0) whose tokens are read; the last unless told."""
-    count: int = 6
+    num_parts: int = 6
     """Of a baseline: parts (heads: as many as there are)."""
     size: int = 224
     """Side of the stored JPEG in pixels."""
@@ -201,8 +201,8 @@ class ExtractConfig:
             raise ValueError(
                 "--parts truth looks through no encoder; leave out --attention, --encoder and --encoder-block"
             )
-        if not 1 <= self.count <= 255:
-            raise ValueError(f"count must lie between 1 and 255 (labels are bytes), got {self.count}")
+        if not 1 <= self.num_parts <= 255:
+            raise ValueError(f"num_parts must lie between 1 and 255 (labels are bytes), got {self.num_parts}")
         if self.size < 16:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")
         if not 1 <= self.quality <= 100:

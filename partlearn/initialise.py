@@ -54,7 +54,7 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, crops: To
         points = _drawn(first, learner.seen, generator)
         learner.whitening.copy_(whitening_of(points.cpu(), learner.shape.width))  # fp64: not on every accelerator
     points = _drawn(first, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
-    centres = spherical_kmeans(points.cpu(), config.parts, generator=generator).to(points.device)
+    centres = spherical_kmeans(points.cpu(), config.num_parts, generator=generator).to(points.device)
     attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
     if config.target != "pixels":
         learner.vectors.copy_(centres)

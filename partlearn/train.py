@@ -124,7 +124,7 @@ def _train(
             _save(run, step, learner, encoder, optimizer)
     progress.close()
     metrics.close()
-    for warning in warnings_of(figures, config.parts, trained=step > 0) if distributed.is_main() else ():
+    for warning in warnings_of(figures, config.num_parts, trained=step > 0) if distributed.is_main() else ():
         print(warning, file=sys.stderr)
     report = {
         "steps": step,
@@ -221,7 +221,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         width=min(config.directions or encoder.dim, encoder.dim),
         heads=encoder.heads,
         grid=config.grid,
-        parts=config.parts,
+        parts=config.num_parts,
         background=config.background,
         foreground=config.foreground,
         foreground_share=config.foreground_share,

@@ -57,8 +57,8 @@ class ScorePartsConfig:
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
     """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. The last unless told."""
-    count: tuple[int, ...] = (6,)
-    """Parts of the baselines; those of heads have as many as there are heads. Example: --count 4 6 8."""
+    num_parts: tuple[int, ...] = (6,)
+    """Parts of the baselines; those of heads have as many as there are heads. Example: --num-parts 4 6 8."""
     grid: int = 28
     """Cells a side of the labels of the whole table; a learner on another grid is refused."""
     size: int = 224
@@ -76,8 +76,8 @@ class ScorePartsConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self):
-        if not self.count or not 1 <= min(self.count) <= max(self.count) <= 255:
-            raise ValueError(f"count needs numbers between 1 and 255 (labels are bytes), got {self.count}")
+        if not self.num_parts or not 1 <= min(self.num_parts) <= max(self.num_parts) <= 255:
+            raise ValueError(f"num_parts needs numbers between 1 and 255 (labels are bytes), got {self.num_parts}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

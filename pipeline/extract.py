@@ -72,7 +72,7 @@ def load_labeller(config: ExtractConfig, source: Source) -> AnyLabeller:
         encoder=config.encoder,
         grid=config.grid,
         block=config.encoder_block,
-        count=config.count,
+        num_parts=config.num_parts,
         device=pick_device(config.run.device),
         precision=config.run.precision,
         attention=config.attention,

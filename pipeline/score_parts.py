@@ -110,7 +110,7 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     controls = [
         _row(name, one["method"], one["parts"], None, one)
         for name, truths in sets.items()
-        for one in control_rows(truths, size=config.size, grid=config.grid, counts=config.count)
+        for one in control_rows(truths, size=config.size, grid=config.grid, counts=config.num_parts)
     ]
     below = below_centre(rows, controls)
     rows += controls
@@ -155,7 +155,7 @@ def _baselines(config: ScorePartsConfig, read: dict[str, Any]) -> Iterator[Metho
             continue
         first = Labeller(here[0], encoder=encoder, grid=config.grid, block=block, **options)
         for name in here:
-            for count in config.count[:1] if name in OF_HEADS else config.count:
+            for count in config.num_parts[:1] if name in OF_HEADS else config.num_parts:
                 yield Method(name, _also(first, name, count))
 
 

@@ -38,7 +38,7 @@ class Labeller:
         parts: Run folder of a part learner, `small` (the one that comes with the project), or the name of a baseline
             (`partlearn/labelling/baselines.py`).
         encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
-        grid, block, count: Of a baseline: cells a side (28), the block whose tokens are read, parts.
+        grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.
 
     Raises:
         ValueError: The grid or the encoder is not the one the parts were learned on, or a baseline lacks its encoder.
@@ -52,7 +52,7 @@ class Labeller:
         encoder: str | None = None,
         grid: int | None = None,
         block: int | None = None,
-        count: int = 6,
+        num_parts: int = 6,
         device: torch.device = CPU,
         precision: str = "auto",
         attention: bool = False,
@@ -65,7 +65,7 @@ class Labeller:
                 raise ValueError(f"the baseline {parts} needs an --encoder")
             self.encoder = load_encoder(encoder, grid=grid or 28, block=block, **options)
             name: Any = str(parts)
-            self.learner = Baseline(name, self.encoder, parts=count)
+            self.learner = Baseline(name, self.encoder, parts=num_parts)
             self.sha256 = self.learner.sha256
         else:
             learner, described, self.sha256 = load_learner(Path(parts))

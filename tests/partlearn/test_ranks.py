@@ -13,7 +13,8 @@ from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
-    "--encoder random:vit_tiny_patch16_224 --grid 4 --parts 3 --batch-size 4 --steps 4 --device cpu --precision fp32"
+    "--encoder random:vit_tiny_patch16_224 --grid 4 --num-parts 3 --batch-size 4 --steps 4 --device cpu "
+    "--precision fp32"
 )
 PAPER = "--paper --crops 0 --decoder-size 8"
 FEATURES = "--crops 0 --balance 0"

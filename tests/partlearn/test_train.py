@@ -214,7 +214,7 @@ def test_paper_is_the_literal_form(photos, tmp_path):
 def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_path):
     run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
     chosen = LearnConfig(
-        images=str(photos), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, crops=2, batch_size=4, run=run
+        images=str(photos), encoder="random:vit_tiny_patch16_224", grid=4, num_parts=3, crops=2, batch_size=4, run=run
     )
 
     report = learn(chosen)
@@ -228,7 +228,7 @@ def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_
 
 
 def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):
-    learn(config(photos, tmp_path / "run", parts=40, steps=0))
+    learn(config(photos, tmp_path / "run", num_parts=40, steps=0))
 
     told = capsys.readouterr().err
     assert "it has vanished; ask for fewer --parts, or read another --encoder-block" in told
@@ -237,7 +237,7 @@ def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("steps", [0, 14])
 def test_a_run_killed_before_its_report_gives_the_same_report_and_warnings(steps, photos, tmp_path, capsys):
-    chosen = config(photos, tmp_path / "run", parts=20, steps=steps)
+    chosen = config(photos, tmp_path / "run", num_parts=20, steps=steps)
     report, told = learn(chosen), capsys.readouterr().err
     lines = read_metrics(tmp_path / "run")
     (tmp_path / "run" / "DONE.json").unlink()
@@ -253,4 +253,4 @@ def test_a_run_killed_before_its_report_gives_the_same_report_and_warnings(steps
 
 def test_more_parts_than_cells_to_start_from_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"k-means of 200 parts needs as many cells, and there are \d+; ask for fewer"):
-        learn(config(photographs(tmp_path / "photos", 6), tmp_path / "run", parts=200, crops=0, steps=0))
+        learn(config(photographs(tmp_path / "photos", 6), tmp_path / "run", num_parts=200, crops=0, steps=0))

@@ -49,7 +49,7 @@ def settings(out: Path, **changes) -> ExtractConfig:
 @pytest.fixture(scope="module")
 def other_parts(tmp_path_factory) -> Path:
     """A second part learner: other parts, on a finer grid."""
-    return small_parts(tmp_path_factory.mktemp("other") / "run", grid=8, parts=5, seed=1)
+    return small_parts(tmp_path_factory.mktemp("other") / "run", grid=8, num_parts=5, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_baselines_stand_on_every_encoder_and_where_it_matters_to_them_on_every_
         parts=("heads", "grid", "kmeans-image"),
         encoder=encoders,
         encoder_block=(3, 11),
-        count=(4, 6),
+        num_parts=(4, 6),
         sheet=tmp_path / "sheet.png",
     )
 
@@ -224,8 +224,8 @@ def test_the_block_matters_to_those_baselines_that_are_named_by_it(name):
 
 
 def test_a_score_is_the_same_alone_and_in_company(painted):
-    alone = scored(painted, parts=("kmeans-image",), encoder_block=(5,), count=(3,))
-    company = scored(painted, parts=("grid", "kmeans-image"), encoder_block=(5, 9), count=(2, 3))
+    alone = scored(painted, parts=("kmeans-image",), encoder_block=(5,), num_parts=(3,))
+    company = scored(painted, parts=("grid", "kmeans-image"), encoder_block=(5, 9), num_parts=(2, 3))
 
     method = f"kmeans-image on {TINY} block 5 parts 3"
     assert [row for row in company if row["method"] == method] == [row for row in alone if row["method"] == method]
@@ -380,4 +380,4 @@ def test_the_table_fits_eighty_columns(painted, monkeypatch, capsys):
 
 def test_baselines_without_a_count_are_a_sentence(painted):
     with pytest.raises(ValueError, match="count needs numbers between 1 and 255"):
-        scored(painted, parts=("grid",), count=())
+        scored(painted, parts=("grid",), num_parts=())

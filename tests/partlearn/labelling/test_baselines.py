@@ -165,7 +165,7 @@ def test_batches_of_every_size_hold_all_images_in_order_and_none_alone():
 @pytest.mark.parametrize("count", [0, 256])
 def test_a_count_whose_labels_fit_no_byte_is_refused(count, tmp_path):
     with pytest.raises(ValueError, match=rf"count must lie between 1 and 255 \(labels are bytes\), got {count}"):
-        extraction(tmp_path, tmp_path / "set", "regions", count=count)
+        extraction(tmp_path, tmp_path / "set", "regions", num_parts=count)
 
 
 def test_the_rule_of_heads_by_mass_names_its_mass(encoder):
@@ -235,7 +235,7 @@ def test_regions_are_compact_and_another_draw_in_another_image(encoder, tokens):
 
 
 def test_extraction_writes_a_baseline_and_says_which(tmp_path):
-    info = extract(extraction(photographs(tmp_path / "photos", 5), tmp_path / "set", "regions", count=3))
+    info = extract(extraction(photographs(tmp_path / "photos", 5), tmp_path / "set", "regions", num_parts=3))
 
     assert verify(tmp_path / "set", "deep") == []
     assert (info["groups"], info["producer"]["labels"]["baseline"]) == (4, "regions")

@@ -15,7 +15,7 @@ def test_a_run_is_shown_without_its_torn_images_and_stands_when_they_have_moved(
     (folder / "torn.jpg").write_bytes(b"no image")
     run = RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
     config = LearnConfig(
-        images=str(folder), encoder="random:vit_tiny_patch16_224", grid=4, parts=3, batch_size=4, run=run
+        images=str(folder), encoder="random:vit_tiny_patch16_224", grid=4, num_parts=3, batch_size=4, run=run
     )
     learn(config)
 
