@@ -15,8 +15,8 @@ from encoders.weights import load_strictly, numbers_of, patch_of, read_run, read
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.checkpoint import CheckpointError
 
-SOURCES = "small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
-SMALL = Path(__file__).parent / "builtin"
+SOURCES = "builtin, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME"
+BUILTIN = Path(__file__).parent / "builtin"
 """What comes with the project (its README.md is the model card): an encoder, and six parts learned on it."""
 
 
@@ -32,7 +32,7 @@ def load_encoder(
     """The encoder that `source` names, for images of `size` pixels or for `grid` patches a side.
 
     Args:
-        source: small (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE
+        source: builtin (comes with the project) · timm:NAME (hub) · timm:NAME=FILE · ibot:FILE · dino:FILE
             (official .pth) · run:DIR (ours) · random:NAME (control).
         block: The block whose input tokens are wanted, from 0; the number of blocks means after the final norm, and
             None the last block.
@@ -43,8 +43,8 @@ def load_encoder(
         CheckpointError: The weights do not fit the architecture, or the hub cannot be reached.
     """
     kind, _, name = source.partition(":")
-    if source == "small":
-        kind, name = "run", str(SMALL / "encoder.safetensors")
+    if source == "builtin":
+        kind, name = "run", str(BUILTIN / "encoder.safetensors")
     if not name or kind not in ("timm", "ibot", "dino", "run", "random"):
         raise ValueError(f"an encoder source must be {SOURCES}, got {source!r}")
     architecture, _, file = name.partition("=")

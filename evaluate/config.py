@@ -12,7 +12,7 @@ class FeatureConfig:
     checkpoint: str = ""
     """Run folder (its newest whole checkpoint) or one checkpoint file."""
     encoder: str = ""
-    """Instead of a checkpoint: small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    """Instead of a checkpoint: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
     data: str = ""
     """Shard set with classes: the training split."""
     images: str = ""

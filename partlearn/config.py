@@ -17,8 +17,8 @@ PAPER = {
     "target": "pixels",
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
-SMALL_READS = {"encoder_block": 3, "whiten": 32}
-"""What k-means reads best of the encoder `small`: its last norm, in fewer directions (encoders/builtin/README.md)."""
+BUILTIN_READS = {"encoder_block": 3, "whiten": 32}
+"""What k-means reads best of the encoder `builtin`: its last norm, in fewer directions (encoders/builtin/README.md)."""
 TRUTH = "truth"
 """What `extract --parts` calls the part maps that people drew (`partlearn/labelling/truth.py`)."""
 
@@ -30,11 +30,11 @@ class LearnConfig:
     images: str
     """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     encoder: str
-    """Frozen encoder: small (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    """Frozen encoder: builtin (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME."""
     encoder_block: int | None = None
     """Tokens as this block (from 0) reads them, or after the final norm (the number of blocks); unless told, the last
-    block's, and after the norm with small."""
+    block's, and after the norm with builtin."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     num_parts: int = 6
@@ -57,7 +57,7 @@ class LearnConfig:
     """Tokens minus the image's mean (foreground) token, so that parts do not become classes."""
     whiten: int | None = None
     """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are. Unless told
-    64 (or all, of fewer), and 32 with small."""
+    64 (or all, of fewer), and 32 with builtin."""
     diffusion: int = 3
     """Rounds in which a cell's token becomes the mean of its image's cells like it; 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
@@ -93,7 +93,7 @@ class LearnConfig:
     def __post_init__(self):
         for name, value in PAPER.items() if self.paper else ():
             object.__setattr__(self, name, value)
-        for name, value in SMALL_READS.items() if self.encoder == "small" and self.init == "kmeans" else ():
+        for name, value in BUILTIN_READS.items() if self.encoder == "builtin" and self.init == "kmeans" else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.whiten is None:
@@ -157,8 +157,8 @@ class ExtractConfig:
     """Images: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
     relabel: Path | None = None
     """Instead of --images: a shard set. Writes a set of labels alone over its images, for `pretrain --labels`."""
-    parts: Path = Path("small")
-    """Run folder of a part learner (`learn-parts`); small, the one that comes with the project; a baseline: heads,
+    parts: Path = Path("builtin")
+    """Run folder of a part learner (`learn-parts`); builtin, the one that comes with the project; a baseline: heads,
     heads-mass, kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image; or truth:
     FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0, 255) beside
     FOLDER/images/NAME.jpg."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.frozen import Tokens
-from encoders.load import SMALL
+from encoders.load import BUILTIN
 from encoders.whitening import centred_tokens
 from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
 from partlearn.decoder import ImageDecoder, blur
@@ -123,17 +123,17 @@ class PartLearner(nn.Module):
 
 
 def load_learner(run: Path) -> tuple[PartLearner, dict[str, Any], str]:
-    """The part learner of a run folder (or `small`, which comes with the project), the description of its encoder, and
-    the sha256 of its shape and weights.
+    """The part learner of a run folder (or the `builtin` one), the description of its encoder, and the sha256 of its
+    shape and weights.
 
     Raises:
         FileNotFoundError, CheckpointError: There is no run, no whole checkpoint in it, or one of something else.
     """
-    if str(run) != "small" and not run.exists():
+    if str(run) != "builtin" and not run.exists():
         raise FileNotFoundError(
-            f"no parts at {run}: expected a run folder of learn-parts, small, or a baseline ({', '.join(NAMES)})"
+            f"no parts at {run}: expected a run folder of learn-parts, builtin, or a baseline ({', '.join(NAMES)})"
         )
-    file = SMALL / "parts.safetensors" if str(run) == "small" else find(run)
+    file = BUILTIN / "parts.safetensors" if str(run) == "builtin" else find(run)
     tensors, metadata = load_tensors(file)
     if "learner" not in metadata:
         raise CheckpointError(f"{file} holds no part learner; expected a run of `semmae learn-parts`")

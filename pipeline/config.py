@@ -47,12 +47,12 @@ class ScorePartsConfig:
     images: tuple[str, ...]
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background, 255 = unknown) or masks/NAME.png
     (0 and 255), of the size of the image."""
-    parts: tuple[str, ...] = ("small", "heads", "kmeans-image", "regions", "grid", "bands")
-    """Run folders of part learners (small: the one that comes with the project), or baselines: heads, heads-mass,
+    parts: tuple[str, ...] = ("builtin", "heads", "kmeans-image", "regions", "grid", "bands")
+    """Run folders of part learners (builtin: the one that comes with the project), or baselines: heads, heads-mass,
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
     compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines; unless told the first learner's, read at its block, or small. Baselines
+    """Frozen encoders of the baselines; unless told the first learner's, read at its block, or builtin. Baselines
     are scored on every encoder x block x count, where block and count matter to them.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()

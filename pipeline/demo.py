@@ -130,7 +130,7 @@ def demo(config: DemoConfig) -> None:
     job = Job(config, str(images / "train") if procedural else str(config.images))
     classes = list_images(job.images).classes
 
-    parts = _learn_parts(job) if procedural else Path("small")  # encoders/builtin/README.md
+    parts = _learn_parts(job) if procedural else Path("builtin")  # encoders/builtin/README.md
     _step(
         "shards",
         "labels beside every image",

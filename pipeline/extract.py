@@ -208,7 +208,7 @@ def _on_ray(
 
     from pipeline.cluster.connect import connect, refuse_paths_of_the_upload
 
-    parts = None if str(config.parts) in (*NAMES, TRUTH, "small") else config.parts
+    parts = None if str(config.parts) in (*NAMES, TRUTH, "builtin") else config.parts
     refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))
     connect()
     truth = labeller if isinstance(labeller, TruthLabeller) else None

@@ -19,7 +19,7 @@ from evaluate.parts.metrics import FOREGROUND_COLUMNS, PART_COLUMNS
 from evaluate.parts.score import LABELLINGS, below_centre, control_rows, parts_of, score_labellers
 from evaluate.parts.stability import stability
 from evaluate.parts.views import TruthSet
-from partlearn.config import SMALL_READS
+from partlearn.config import BUILTIN_READS
 from partlearn.labelling.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.labelling.learned import Labeller
 from pipeline.config import ScorePartsConfig
@@ -85,7 +85,7 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     read = (
         learners[0].labeller.encoder.description
         if learners
-        else {"source": "small", "block": SMALL_READS["encoder_block"]}
+        else {"source": "builtin", "block": BUILTIN_READS["encoder_block"]}
     )
     methods = [*learners, *_baselines(config, read)]
     together = _on_one_encoder(methods)
@@ -220,7 +220,7 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
         source, on, encoder = method.partition(" on ")
         name, end = re.split(r"((?: block \d+)? parts \d+$|$)", encoder, maxsplit=1)[:2]
         kind, _, rest = name.partition(":")
-        plain = name if kind in ("random", "small") else rest.partition("=")[0].rpartition("/")[2]
+        plain = name if kind in ("random", "builtin") else rest.partition("=")[0].rpartition("/")[2]
         names[method] = f"{source.rpartition('/')[2]}{on}{plain}{end}"
     short = list(names.values())
     return {method: name if short.count(name) == 1 else method for method, name in names.items()}

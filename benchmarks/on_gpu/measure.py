@@ -55,7 +55,7 @@ def _measured(config: GpuConfig) -> dict[str, Any]:
         device="cpu" if config.rehearse else "cuda",
         rehearse=config.rehearse,
         photographs=config.photographs,
-        encoder=config.encoder or ("random:vit_tiny_patch16_224" if config.rehearse else "small"),
+        encoder=config.encoder or ("random:vit_tiny_patch16_224" if config.rehearse else "builtin"),
         data=config.data,
         cores=cores_here(),
         ends=ends,

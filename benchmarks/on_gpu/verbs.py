@@ -102,9 +102,9 @@ def _masks(bench: Bench) -> Iterator[Row]:
 def _labels(bench: Bench) -> Iterator[Row]:
     """The share of cells that have the CPU's label, by the parts that come with the project."""
     images = first_batch(bench, 4 if bench.rehearse else 32).images
-    ours = Labeller("small", precision="fp32")(images)
+    ours = Labeller("builtin", precision="fp32")(images)
     for precision in ("fp32", "bf16"):
-        theirs = Labeller("small", device=torch.device(bench.device), precision=precision)(images)
+        theirs = Labeller("builtin", device=torch.device(bench.device), precision=precision)(images)
         yield exact(f"labels_agree_{precision}", float((theirs.parts == ours.parts).mean()), "share", len(images))
 
 
@@ -190,5 +190,5 @@ def _score_parts(bench: Bench, out: Path) -> None:
         (out / what).mkdir(parents=True)
         for file in sorted((source / what).glob("*/*"))[:8]:
             (out / what / file.name).write_bytes(file.read_bytes())
-    labeller = Labeller("small", device=torch.device(bench.device))
+    labeller = Labeller("builtin", device=torch.device(bench.device))
     score_labellers([labeller], TruthSet(out), size=SIZE, advance=lambda count: None)

@@ -12,7 +12,7 @@ class EncoderConfig:
     images: str
     """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     teacher: str | None = None
-    """Frozen encoder whose tokens are learned: small, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
+    """Frozen encoder whose tokens are learned: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
     teacher_blocks: tuple[int, ...] = ()
     """The student begins as these blocks of the teacher (from 0), with its patches and positions, and its tokens

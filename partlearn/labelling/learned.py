@@ -35,7 +35,7 @@ class Labeller:
     """A frozen encoder and the part learner that was trained on it, or a baseline on any encoder.
 
     Args:
-        parts: Run folder of a part learner, `small` (the one that comes with the project), or the name of a baseline
+        parts: Run folder of a part learner, `builtin` (the one that comes with the project), or the name of a baseline
             (`partlearn/labelling/baselines.py`).
         encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
         grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.

@@ -93,7 +93,7 @@ def test_an_error_on_the_device_shows_in_its_row():
         off = {"fp32": 0.0, "bf16": 0.5}[precision] * (device.type == "meta")
         return 2.0 * (1 + off), torch.tensor([3.0, 4.0]) * (1 + 2 * off)
 
-    bench = Bench(Path(), "meta", True, (), "small", None, 1, 0.0)  # type: ignore[arg-type]
+    bench = Bench(Path(), "meta", True, (), "builtin", None, 1, 0.0)  # type: ignore[arg-type]
     rows = {row.name: row.value for row in verbs._against_cpu(bench, stepped)}
 
     assert rows == pytest.approx(
@@ -114,7 +114,7 @@ def drawings(tmp_path_factory) -> Path:
 def real(drawings, **changes) -> Bench:
     """A bench of real size, on few drawings."""
     settings = {
-        "out": drawings, "device": "cpu", "rehearse": False, "photographs": (), "encoder": "small", "data": None,
+        "out": drawings, "device": "cpu", "rehearse": False, "photographs": (), "encoder": "builtin", "data": None,
         "cores": 5, "ends": 0.0,
     }  # fmt: skip
     return Bench(**(settings | changes))

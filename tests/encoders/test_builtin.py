@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from encoders.export import export
-from encoders.load import SMALL
+from encoders.load import BUILTIN
 from partlearn.labelling.learned import Labeller
 from training.checkpoint import load_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
 def labeller():
-    return Labeller("small", precision="fp32")
+    return Labeller("builtin", precision="fp32")
 
 
 def things(count: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -31,13 +31,13 @@ def things(count: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_both_together_weigh_at_most_twelve_megabytes():
-    assert sum(file.stat().st_size for file in SMALL.iterdir()) <= 12e6
+    assert sum(file.stat().st_size for file in BUILTIN.iterdir()) <= 12e6
 
 
 def test_the_parts_were_learned_on_that_encoder(labeller):
     """Else `Labeller` refuses."""
     assert (labeller.grid, labeller.groups) == (28, 7)
-    assert labeller.encoder.description["source"] == "small"
+    assert labeller.encoder.description["source"] == "builtin"
     assert labeller.encoder.description["size"] == 392
 
 
@@ -54,14 +54,14 @@ def test_it_finds_an_object_off_the_centre(labeller):
 def test_its_labels_are_the_same_every_time(labeller):
     images, _ = things(2)
 
-    one, two = labeller(images), Labeller("small", precision="fp32")(images)
+    one, two = labeller(images), Labeller("builtin", precision="fp32")(images)
 
     assert np.array_equal(one.parts, two.parts)
     assert np.array_equal(one.fgrank, two.fgrank)
 
 
 def test_the_card_says_what_the_files_say(labeller):
-    card = (SMALL / "README.md").read_text()
+    card = (BUILTIN / "README.md").read_text()
 
     assert labeller.encoder.fingerprint[:12] in card
     assert labeller.sha256[:12] in card

@@ -145,7 +145,7 @@ def test_a_classifier_is_no_official_file(kind, wrapper, vit_small, tmp_path):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("resnet", "^an encoder source must be small, timm:NAME"),
+        ("resnet", "^an encoder source must be builtin, timm:NAME"),
         ("random:vit_gigantic_patch3", "timm knows no architecture"),
         ("timm:vit_tinny_patch16_224.augreg", "vit_tinny_patch16_224.augreg'; close: vit_tiny_patch16_224, "),
         ("timm:resnet50", "resnet50 is no plain ViT of timm"),

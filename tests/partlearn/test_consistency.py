@@ -100,5 +100,5 @@ def test_kept_views_cannot_be_looked_at_again(tmp_path):
     run = RunConfig(out=tmp_path, device="cpu")
 
     with pytest.raises(ValueError, match="--crops 0"):
-        LearnConfig(images="x", encoder="small", consistency=1.0, crops=2, run=run)
-    assert LearnConfig(images="x", encoder="small", consistency=1.0, steps=9, run=run).kept_crops == 0
+        LearnConfig(images="x", encoder="builtin", consistency=1.0, crops=2, run=run)
+    assert LearnConfig(images="x", encoder="builtin", consistency=1.0, steps=9, run=run).kept_crops == 0

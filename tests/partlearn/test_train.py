@@ -82,7 +82,7 @@ def test_the_kmeans_start_reads_each_of_its_fresh_views_once(photos, tmp_path):
 )
 def test_small_is_read_where_it_reads_best_unless_told(changes, read, photos, tmp_path):
     run = RunConfig(out=tmp_path)
-    settings = LearnConfig(images=str(photos), encoder="small", run=run, **changes)
+    settings = LearnConfig(images=str(photos), encoder="builtin", run=run, **changes)
 
     assert (settings.encoder_block, settings.whiten) == read
 
@@ -131,7 +131,7 @@ def test_a_corrupt_image_is_named_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["heds", "smal"])
 def test_parts_that_are_nowhere_are_told_what_there_is(name):
-    with pytest.raises(FileNotFoundError, match=f"no parts at {name}: .* run folder .* small, .* baseline .*heads"):
+    with pytest.raises(FileNotFoundError, match=f"no parts at {name}: .* run folder .* builtin, .* baseline .*heads"):
         load_learner(Path(name))
 
 

@@ -107,7 +107,7 @@ def test_killed_at_every_step_of_every_commit_it_ends_with_the_same_bytes(tmp_pa
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 KiB; mounting one is for root alone."""
-    folder = tmp_path / "small"
+    folder = tmp_path / "builtin"
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, check=False

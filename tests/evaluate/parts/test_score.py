@@ -333,7 +333,7 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
             f"{same}{ends[1]}",
             f"heads on random:vit{ends[0]}",
             "grid on timm:vit=/a/dino.pth parts 6",
-            "small on small block 3 parts 6",
+            "builtin on builtin block 3 parts 6",
             "bands parts 6",
         ]
     )
@@ -344,7 +344,7 @@ def test_names_in_the_table_are_short_where_that_tells_methods_apart():
         f"{same}{ends[1]}",
         "heads on random:vit block 9 parts 6",
         "grid on vit parts 6",
-        "small on small block 3 parts 6",
+        "builtin on builtin block 3 parts 6",
         "bands parts 6",
     ]
 
@@ -353,7 +353,7 @@ def test_baselines_stand_on_the_encoder_of_the_first_learner_or_on_small(painted
     images, run = str(painted / "images"), RunConfig(out=tmp_path / "run", device="cpu", precision="fp32")
     learn(LearnConfig(images=images, encoder=TINY, grid=GRID, crops=1, run=run))
 
-    for parts, encoder in ((("grid", str(run.out)), TINY), (("grid",), "small")):
+    for parts, encoder in ((("grid", str(run.out)), TINY), (("grid",), "builtin")):
         rows = scored(painted, parts=parts, encoder=())
         assert f"grid on {encoder} parts 6" in {row["method"] for row in rows}
 
