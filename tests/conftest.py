@@ -93,7 +93,7 @@ def photographs(folder: Path, count: int) -> Path:
 def small_parts(run: Path, **changes) -> Path:
     """A part learner of two steps on random features: poor parts, real machinery."""
     run.mkdir()
-    settings = {"grid": 4, "parts": 3, "crops": 1, "steps": 2, "batch_size": 4} | changes
+    settings = {"grid": 4, "num_parts": 3, "crops": 1, "steps": 2, "batch_size": 4} | changes
     config = LearnConfig(
         images=str(photographs(run / "photos", 6)),
         encoder="random:vit_tiny_patch16_224",

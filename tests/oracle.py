@@ -26,12 +26,12 @@ class Oracle(Encoder):
         self.description: dict[str, Any] = {"source": "oracle", "block": 0, "weights_sha256": "oracle"}
         self.shuffled, self.noise = shuffled, noise
         embeddings = torch.randn(len(PALETTE), DIM, generator=torch.Generator().manual_seed(5))
-        self.embeddings = torch.nn.functional.normalize(embeddings, embed_dim=1)
+        self.embeddings = torch.nn.functional.normalize(embeddings, dim=1)
 
     def parts_of(self, images: torch.Tensor) -> torch.Tensor:
         """The true part of each cell, 0 the background: the colour of its middle."""
         middles = images[:, CELL // 2 :: CELL, CELL // 2 :: CELL].float()
-        return torch.cdist(middles.flatten(1, 2), PALETTE.float()).argmin(embed_dim=2)
+        return torch.cdist(middles.flatten(1, 2), PALETTE.float()).argmin(dim=2)
 
     def __call__(self, images: torch.Tensor, ids_visible: torch.Tensor | None = None) -> Tokens:
         generator = torch.Generator().manual_seed(int(images.long().sum()) % 2**31)
@@ -40,9 +40,9 @@ class Oracle(Encoder):
             parts = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in parts])
         noise = torch.randn(*parts.shape, DIM, generator=generator) * self.noise * DIM**-0.5
         patches = self.embeddings[parts] + noise
-        class_token = patches.mean(embed_dim=1)
+        class_token = patches.mean(dim=1)
         attention = torch.full((len(images), self.heads, GRID**2), GRID**-2)
-        return Tokens(class_token, patches, torch.cat([class_token[:, None], patches], embed_dim=1), attention)
+        return Tokens(class_token, patches, torch.cat([class_token[:, None], patches], dim=1), attention)
 
 
 def painted(folder: Path, count: int) -> Path:

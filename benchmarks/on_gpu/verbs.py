@@ -95,7 +95,7 @@ def _masks(bench: Bench) -> Iterator[Row]:
                 ours = against_cpu.masked_batch(bench, config, CPU, alpha)
                 theirs = against_cpu.masked_batch(bench, config, torch.device(bench.device), alpha)
                 for name in ("mask", "ids_visible", "ids_masked"):
-                    equal += (getattr(ours, name) == getattr(theirs, name).cpu()).all(embed_dim=1).tolist()
+                    equal += (getattr(ours, name) == getattr(theirs, name).cpu()).all(dim=1).tolist()
     yield exact("equal_masks", float(np.mean(equal)), "share", len(equal))
 
 

@@ -70,7 +70,7 @@ def test_tokens_and_class_attention_are_timms_own_without_the_registers(name, fi
     assert prefix == (1 if name == MIXED else 5)
     assert close(ours.class_token, tokens[:, 0])
     assert close(ours.patch_tokens, tokens[:, prefix:])
-    assert close(ours.block_tokens, torch.cat([block[:, :1], block[:, prefix:]], embed_dim=1))
+    assert close(ours.block_tokens, torch.cat([block[:, :1], block[:, prefix:]], dim=1))
     assert close(ours.class_attention, attention[:, :, 0, prefix:])
     assert ours.class_attention.amax(dim=-1).mean() > 1.5 * ours.class_attention.mean(), "all but uniform tells nothing"
 

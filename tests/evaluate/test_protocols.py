@@ -15,7 +15,7 @@ from evaluate.linear import batch_and_peak, lars, train_head
 def slow_votes(train, labels, test, *, classes, neighbours, temperature):
     votes = torch.zeros(len(test), classes, dtype=torch.float64)
     for row, feature in enumerate(test):
-        cosine = [torch.cosine_similarity(feature, other, embed_dim=0).item() for other in train]
+        cosine = [torch.cosine_similarity(feature, other, dim=0).item() for other in train]
         nearest = sorted(range(len(train)), key=lambda i: -cosine[i])[:neighbours]
         for i in nearest:
             votes[row, labels[i]] += math.exp((cosine[i] - 1) / temperature)

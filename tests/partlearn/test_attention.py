@@ -113,7 +113,7 @@ def test_the_argmax_over_positions_is_that_of_the_maps():
     assert torch.equal(balanced(logits, "positions", inside).argmax(1), maps.argmax(1))
 
 
-def test_centred_tokens_do_not_change_when_a_image_shifts_as_a_whole():
+def test_centred_tokens_do_not_change_when_an_image_shifts_as_a_whole():
     tokens, inside = torch.randn(2, 9, 4), everywhere(2, 9)
 
     shifted = centred_tokens(tokens + torch.randn(2, 1, 4), inside)
@@ -150,7 +150,7 @@ def test_the_feature_loss_is_0_where_every_token_is_its_parts_vector():
 
 
 def test_the_blur_keeps_constants_and_column_sums():
-    shares = torch.rand(2, 3, 12, 12).softmax(embed_dim=1)
+    shares = torch.rand(2, 3, 12, 12).softmax(dim=1)
 
     assert torch.allclose(blur(torch.ones(1, 2, 12, 12)), torch.ones(1, 2, 12, 12), atol=1e-6)
     assert torch.allclose(blur(shares).sum(1), torch.ones(2, 12, 12), atol=1e-5)
@@ -184,8 +184,8 @@ def test_the_foreground_rank_is_a_permutation_and_ties_go_by_index(seed, levels)
 
     rank = foreground_rank(score)
 
-    assert torch.equal(rank.sort(embed_dim=1).values, torch.arange(16).expand(2, -1))
-    order = rank.argsort(embed_dim=1)
+    assert torch.equal(rank.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    order = rank.argsort(dim=1)
     sorted_score = score.gather(1, order)
     same = sorted_score[:, 1:] == sorted_score[:, :-1]
     assert (sorted_score[:, 1:] <= sorted_score[:, :-1]).all()
@@ -194,10 +194,10 @@ def test_the_foreground_rank_is_a_permutation_and_ties_go_by_index(seed, levels)
 
 def test_kmeans_finds_separate_clusters():
     generator = torch.Generator().manual_seed(0)
-    axes = torch.eye(4).repeat_interleave(50, embed_dim=0)
-    points = torch.nn.functional.normalize(axes + 0.1 * torch.randn(200, 4, generator=generator), embed_dim=1)
+    axes = torch.eye(4).repeat_interleave(50, dim=0)
+    points = torch.nn.functional.normalize(axes + 0.1 * torch.randn(200, 4, generator=generator), dim=1)
 
     centres = spherical_kmeans(points, 4, generator=generator)
 
-    assert sorted(centres.argmax(embed_dim=1).tolist()) == [0, 1, 2, 3]
-    assert (points @ centres.T).amax(embed_dim=1).min() > 0.8
+    assert sorted(centres.argmax(dim=1).tolist()) == [0, 1, 2, 3]
+    assert (points @ centres.T).amax(dim=1).min() > 0.8

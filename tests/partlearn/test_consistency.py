@@ -57,7 +57,7 @@ def test_cells_outside_one_of_the_views_do_not_count():
 
 def test_the_loss_pulls_on_both_views():
     logits = torch.randn(2, 1, 3, GRID**2, requires_grad=True)
-    maps, again = logits.softmax(embed_dim=2)
+    maps, again = logits.softmax(dim=2)
 
     everywhere = torch.ones(1, GRID**2, dtype=torch.bool)
     consistency_loss(maps, everywhere, again, everywhere, WHOLE, torch.tensor([True])).backward()
@@ -92,7 +92,7 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
 
     first = random_boxes(6, scale=CROP_SCALE, generator=torch.Generator().manual_seed(0))
     assert again is not None
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(embed_dim=1) for boxes in (first, again.boxes)]
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (first, again.boxes)]
     assert not torch.equal(areas[0].argsort(), areas[1].argsort())
 
 

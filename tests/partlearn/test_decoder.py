@@ -43,7 +43,7 @@ def test_adain_starts_near_that_for_any_class_token():
     y = AdaIN(8, 4)(x, class_token)
 
     deviation, mean = torch.std_mean(y, dim=(2, 3), correction=0)
-    bound = 6 * 0.02 * class_token.norm(embed_dim=1, keepdim=True)
+    bound = 6 * 0.02 * class_token.norm(dim=1, keepdim=True)
     assert (mean.abs() < bound).all()
     assert ((deviation - 1).abs() < bound).all()
 
@@ -69,12 +69,7 @@ def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         decoder = ImageDecoder(6, 3, grid=8, size=8)
-        maps = (
-            (4 * torch.randn(6, 3, 4, 4))
-            .softmax(embed_dim=1)
-            .repeat_interleave(2, embed_dim=2)
-            .repeat_interleave(2, embed_dim=3)
-        )
+        maps = (4 * torch.randn(6, 3, 4, 4)).softmax(dim=1).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         class_token, colours = torch.eye(6), torch.randn(6, 3, 3)
     images = torch.einsum("bnhw,bnc->bchw", maps, colours)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
@@ -105,7 +100,7 @@ def at_work(form: str, folder: Path) -> tuple[PartLearner, LearnConfig, Encoder,
     """A learner some way from its start, where products with zeros would hide gradients, and a batch."""
     images = photographs(folder / "photos", 4)
     run = RunConfig(out=folder / "run", device="cpu", precision="fp32")
-    settings: dict[str, Any] = {"grid": 4, "parts": 3, "crops": 1, "batch_size": 4} | FORMS[form]
+    settings: dict[str, Any] = {"grid": 4, "num_parts": 3, "crops": 1, "batch_size": 4} | FORMS[form]
     config = LearnConfig(images=str(images), encoder="random:vit_tiny_patch16_224", run=run, **settings)
     encoder = load_encoder(config.encoder, grid=4, precision="fp32")
     encoder.model.requires_grad_(True)  # were it not frozen by how it is called, gradients would reach it
@@ -158,7 +153,7 @@ def test_labels_of_a_mirror_image_are_the_mirrored_labels(changes, tmp_path):
         images=str(painted(tmp_path / "images", 12)),
         encoder="oracle",
         grid=GRID,
-        parts=PARTS,
+        num_parts=PARTS,
         crops=1,
         batch_size=12,
         run=RunConfig(out=tmp_path / "run", device="cpu", precision="fp32"),

@@ -59,8 +59,8 @@ def test_diffusion_does_not_depend_on_where_cells_lie():
 
 def test_cells_of_a_noisy_part_come_to_agree():
     generator = torch.Generator().manual_seed(0)
-    parts = F.normalize(torch.randn(3, 32, generator=generator), embed_dim=1).repeat_interleave(30, embed_dim=0)
-    noisy = F.normalize(parts + 0.15 * torch.randn(90, 32, generator=generator), embed_dim=1)
+    parts = F.normalize(torch.randn(3, 32, generator=generator), dim=1).repeat_interleave(30, dim=0)
+    noisy = F.normalize(parts + 0.15 * torch.randn(90, 32, generator=generator), dim=1)
 
     clean = diffused(noisy[None], torch.ones(1, 90, dtype=torch.bool), 3)[0]
 

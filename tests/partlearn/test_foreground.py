@@ -27,7 +27,7 @@ SIDE, DIM = 12, 16
 def scene(*, apart: float) -> tuple[Tokens, torch.Tensor]:
     """Four images with a square object, its tokens `apart` away from the ground's."""
     generator = torch.Generator().manual_seed(0)
-    ground, thing = F.normalize(torch.randn(2, DIM, generator=generator), embed_dim=1)
+    ground, thing = F.normalize(torch.randn(2, DIM, generator=generator), dim=1)
     inside = torch.zeros(4, SIDE, SIDE, dtype=torch.bool)
     for number in range(4):
         inside[number, 2 + number : 7 + number, 3:8] = True

@@ -20,7 +20,7 @@ def learned_ari(folder: Path, *, shuffled: bool = False, **changes: Any) -> floa
         images=str(painted(folder / "images", 48)),
         encoder="oracle",
         grid=GRID,
-        parts=PARTS,
+        num_parts=PARTS,
         crops=2,
         batch_size=16,
         run=RunConfig(out=folder / "run", device="cpu", precision="fp32"),

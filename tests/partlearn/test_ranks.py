@@ -56,7 +56,7 @@ def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
         assert shared["diversity"] == pytest.approx(alone["diversity"], rel=1e-4)
 
 
-def test_ranks_that_cannot_share_kept_views_are_refused_before_a_image_is_looked_for(tmp_path):
+def test_ranks_that_cannot_share_kept_views_are_refused_before_an_image_is_looked_for(tmp_path):
     done = learn_parts("two", "--crops 2", tmp_path / "nowhere", tmp_path / "run")
 
     assert done.returncode != 0

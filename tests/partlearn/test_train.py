@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
 
 
 def config(photos, out, **changes) -> LearnConfig:
-    settings = {"grid": 4, "parts": 3, "crops": 2, "steps": 6, "batch_size": 4} | changes
+    settings = {"grid": 4, "num_parts": 3, "crops": 2, "steps": 6, "batch_size": 4} | changes
     run = RunConfig(out=out, device="cpu", precision="fp32")
     return LearnConfig(images=str(photos), encoder="random:vit_tiny_patch16_224", run=run, **settings)
 
@@ -53,7 +53,7 @@ def test_stopping_and_resuming_gives_the_same_weights(changes, photos, tmp_path)
 
 @pytest.mark.parametrize("changes", [{}, LITERAL], ids=["default", "literal"])
 def test_training_lowers_what_it_minimises_and_logs_its_health(changes, photos, tmp_path):
-    learn(config(photos, tmp_path / "run", **changes | {"steps": 41, "lr": 1e-2}))
+    learn(config(photos, tmp_path / "run", **changes | {"steps": 41, "base_lr": 0.64}))
 
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -143,7 +143,7 @@ def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"parts": 1}, "parts must lie between 2 and 255"),
+        ({"num_parts": 1}, "parts must lie between 2 and 255"),
         ({"foreground_share": 0.0}, "foreground_share must lie in"),
         ({"init": "heads"}, "add --no-relative --whiten 0 --diffusion 0"),
         ({"foreground": "maps"}, "add --where everywhere"),

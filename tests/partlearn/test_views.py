@@ -125,7 +125,7 @@ def test_a_crop_is_bilinear_samples_of_its_box(seed):
             assert cropped[b, 1, row, column].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_image_shrunk_a_lot_keeps_its_mean():
+def test_an_image_shrunk_a_lot_keeps_its_mean():
     images = (torch.rand(1, 3, 256, 256, generator=seeded()) > 0.5).float()
 
     small = crop(images, WHOLE, 16, UPRIGHT)
@@ -149,7 +149,7 @@ def test_boxes_lie_inside_and_are_no_larger_than_asked(low, seed):
 def test_masks_mask_exactly_their_share(grid, share, seed):
     masks = block_masks(3, grid, share=share, generator=seeded(seed))
 
-    assert (masks.sum(embed_dim=1) == round(share * grid * grid)).all()
+    assert (masks.sum(dim=1) == round(share * grid * grid)).all()
 
 
 def test_masks_come_in_blocks():
@@ -168,7 +168,7 @@ def test_colours_keep_their_range_and_each_image_has_its_own():
     assert jittered.min() >= 0
     assert jittered.max() <= 1
     assert len(jittered.mean(dim=(1, 2, 3)).unique()) == 32
-    grey = (jittered.amax(embed_dim=1) - jittered.amin(embed_dim=1)).amax(dim=(1, 2)) < 1e-5
+    grey = (jittered.amax(dim=1) - jittered.amin(dim=1)).amax(dim=(1, 2)) < 1e-5
     assert 1 <= grey.sum() <= 14
 
 

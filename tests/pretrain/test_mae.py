@@ -177,4 +177,4 @@ def test_the_quarter_best_in_foreground_leaves_49_of_196_visible():
 
     assert sorted(fgrank.flatten()[kept[0]].tolist()) == list(range(196))
     assert (visible.shape[1], masked.shape[1]) == (49, 147)
-    assert sorted(torch.cat([visible, masked], embed_dim=1)[0].tolist()) == kept[0].tolist()
+    assert sorted(torch.cat([visible, masked], dim=1)[0].tolist()) == kept[0].tolist()

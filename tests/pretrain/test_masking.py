@@ -80,7 +80,7 @@ def test_every_image_masks_the_same_count_and_no_part_overdraws(sizes, ratio, al
         alpha=alpha,
     )
 
-    assert (mask.sum(embed_dim=1) == masked_count(sum(sizes), ratio)).all()
+    assert (mask.sum(dim=1) == masked_count(sum(sizes), ratio)).all()
 
 
 @given(sizes=awkward_sizes, ratio=st.sampled_from([0.25, 0.75, 0.9]), eighths=st.integers(0, 8), data=st.data())
@@ -147,7 +147,7 @@ def test_random_masking_masks_the_least_noise():
 
     mask = random_masking(noise, mask_ratio=0.75)
 
-    assert (mask.sum(embed_dim=1) == 147).all()
+    assert (mask.sum(dim=1) == 147).all()
     assert (noise[mask].reshape(5, -1).amax(1) < noise[~mask].reshape(5, -1).amin(1)).all()
 
 

@@ -10,12 +10,12 @@ def forward_of_mae(model: MAE, images: Tensor, *, mask_ratio: float) -> Tensor:
     """Positions, norms and the choice of patches are left out: nobody counts them."""
     x = model.encoder.patch_embed(images)
     visible = x[:, : int(x.shape[1] * (1 - mask_ratio))]
-    x = torch.cat([model.encoder.cls_token, visible], embed_dim=1)
+    x = torch.cat([model.encoder.cls_token, visible], dim=1)
     for block in model.encoder.blocks:
         x = block(x)
     x = model.decoder_embed(x)
     masked = model.mask_token.expand(1, model.side**2 + 1 - x.shape[1], -1)
-    x = torch.cat([x, masked], embed_dim=1)
+    x = torch.cat([x, masked], dim=1)
     for block in model.decoder_blocks:
         x = block(x)
     return model.decoder_pixels(x)

@@ -184,7 +184,7 @@ def test_g1_extraction_from_a_store_gives_the_bytes_of_the_same_images_here(kind
         assert [row["source"].rpartition("/")[2] for row in rejected] == ["7.jpg"]
 
 
-def test_g2_a_image_that_is_gone_is_rejected_with_the_reason(learned, s3, tmp_path):
+def test_g2_an_image_that_is_gone_is_rejected_with_the_reason(learned, s3, tmp_path):
     folder = put(tmp_path / "set", "1.jpg", "2.jpg")
     remote = uploaded(folder, s3, "set")
     (tmp_path / "list.txt").write_text(f"{remote}/1.jpg\n{remote}/gone.jpg\n{remote}/2.jpg\n")

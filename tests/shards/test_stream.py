@@ -159,7 +159,7 @@ def test_a_lost_shard_stops_the_stream_and_is_named(make_shards):
         list(in_order(shards, batch_size=8))
 
 
-def test_a_image_of_the_wrong_size_stops_the_stream_and_is_named(make_shards):
+def test_an_image_of_the_wrong_size_stops_the_stream_and_is_named(make_shards):
     shards = make_shards(size=32)
     shards.size = 16
 
@@ -174,7 +174,7 @@ def test_in_order_gives_every_sample_once(make_shards):
     assert len(batches[-1].images) == 8
 
 
-def test_a_image_of_another_size_is_refused(make_shards):
+def test_an_image_of_another_size_is_refused(make_shards):
     jpeg = make_shards(size=32).read(0).jpeg
 
     with pytest.raises(ValueError, match="is 32x32, expected 16x16"):

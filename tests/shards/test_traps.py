@@ -70,7 +70,7 @@ def test_a_tar_cut_between_two_members_is_not_read_as_a_whole_one(make_shards):
     assert [fault.shard for fault in verify(shards.path)] == ["000001.tar"]
 
 
-def test_garbage_inside_a_image_is_not_trained_on(make_shards):
+def test_garbage_inside_an_image_is_not_trained_on(make_shards):
     shards = make_shards(count=8, size=128, classes=0)
     row, tar = shards.row(3), shard_paths(shards.path, 0)[0]
     data = bytearray(tar.read_bytes())

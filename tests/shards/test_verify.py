@@ -134,7 +134,7 @@ def test_labels_that_the_set_does_not_have_are_found(make_shards):
     assert any("expected labels below 2" in fault.what for fault in faults)
 
 
-def test_a_image_of_another_size_is_found(make_shards):
+def test_an_image_of_another_size_is_found(make_shards):
     path = make_shards(count=2).path / "dataset.json"
     write_json(path, read_json(path) | {"size": 64})
 

@@ -99,8 +99,8 @@ def test_held_out_tokens_of_the_teacher_are_predicted_better_than_from_an_untrai
         ours = [getattr(load_encoder(f"run:{run}")(squares(folder, 16)), name) for folder in (images, unseen)]
         x, z = (F.pad(tokens.flatten(0, -2), (0, 1), value=1.0).double() for tokens in ours)
         y, target = (getattr(tokens, name).flatten(0, -2).double() for tokens in theirs)
-        weight = torch.linalg.solve(x.T @ x + 1e-2 * torch.eye(x.shape[1]), x.T @ (y - y.mean(embed_dim=0)))
-        return 1 - F.cosine_similarity(z @ weight, target - y.mean(embed_dim=0), dim=-1).mean().item()
+        weight = torch.linalg.solve(x.T @ x + 1e-2 * torch.eye(x.shape[1]), x.T @ (y - y.mean(dim=0)))
+        return 1 - F.cosine_similarity(z @ weight, target - y.mean(dim=0), dim=-1).mean().item()
 
     for name in ("class_token", "patch_tokens"):
         fresh, trained = missed(tmp_path / "untrained", name), missed(learned, name)

@@ -39,7 +39,7 @@ def paint(folder, *, colours, each=24):
 def slow_accuracy(tokens, labels, neighbours, temperature):
     right = 0
     for i, token in enumerate(tokens):
-        others = [(float(torch.cosine_similarity(token, other, embed_dim=0)), labels[j])
+        others = [(float(torch.cosine_similarity(token, other, dim=0)), labels[j])
                   for j, other in enumerate(tokens) if j != i]  # fmt: skip
         votes = {}
         for cosine, label in sorted(others, reverse=True)[:neighbours]:
@@ -59,7 +59,7 @@ def test_the_accuracy_is_that_of_a_loop_over_images():
     assert 0.3 < found < 1
 
 
-def test_a_image_does_not_vote_for_itself():
+def test_an_image_does_not_vote_for_itself():
     tokens = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
 
     pairs, crossed = (

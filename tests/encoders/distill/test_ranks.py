@@ -125,4 +125,4 @@ def test_the_blocks_of_the_ranks_are_the_crops_of_one(tmp_path):
 
     for name in ("global_crops", "local_crops", "masks"):
         whole, *blocks = (getattr(crops, name).unflatten(0, (2, -1)) for crops in parts)
-        assert torch.equal(whole, torch.cat(blocks, embed_dim=1))
+        assert torch.equal(whole, torch.cat(blocks, dim=1))

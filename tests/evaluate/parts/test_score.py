@@ -95,7 +95,7 @@ def test_grids_of_few_cells_have_a_shift_test_too(grid, striped):
     assert shift_ari(left.truth, right.truth) == 1
 
 
-def test_a_image_of_fewer_pixels_than_cells_is_named(painted):
+def test_an_image_of_fewer_pixels_than_cells_is_named(painted):
     with pytest.raises(
         ValueError, match=r"0\.png is 160x120: too small for crops of 100 cells a side; choose a smaller"
     ):
@@ -129,7 +129,7 @@ def test_masks_are_truth_of_one_part(painted):
     assert set(np.unique(TruthSet(painted).centre(size=120, grid=GRID).truth)) == {0, 1}
 
 
-def test_a_image_without_truth_is_named(painted):
+def test_an_image_without_truth_is_named(painted):
     (painted / "labels/2.png").unlink()
 
     with pytest.raises(FileNotFoundError, match=r"2\.png is missing"):
@@ -379,5 +379,5 @@ def test_the_table_fits_eighty_columns(painted, monkeypatch, capsys):
 
 
 def test_baselines_without_a_count_are_a_sentence(painted):
-    with pytest.raises(ValueError, match="count needs numbers between 1 and 255"):
+    with pytest.raises(ValueError, match="num_parts needs numbers between 1 and 255"):
         scored(painted, parts=("grid",), num_parts=())

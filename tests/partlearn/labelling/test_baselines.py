@@ -31,7 +31,7 @@ def encoder() -> Encoder:
 
 def tokens_of(patches: torch.Tensor, heads: torch.Tensor) -> Tokens:
     class_token = torch.zeros(len(patches), 1, patches.shape[-1])
-    return Tokens(class_token[:, 0], patches, torch.cat([class_token, patches], embed_dim=1), heads)
+    return Tokens(class_token[:, 0], patches, torch.cat([class_token, patches], dim=1), heads)
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def tokens() -> Tokens:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "heads-mass"])
 def test_labels_are_parts_on_the_best_cells_and_background_beyond(name, encoder, tokens):
-    baseline = Baseline(name, encoder, parts=PARTS)
+    baseline = Baseline(name, encoder, num_parts=PARTS)
 
     parts, rank = baseline.label(tokens)
 
     background = baseline.shape.parts
     assert baseline.shape.groups == background + 1
-    object_cells = (parts < background).sum(embed_dim=1, keepdim=True)
+    object_cells = (parts < background).sum(dim=1, keepdim=True)
     assert ((parts == background) == (rank >= object_cells)).all()
     assert (object_cells >= round(0.1 * GRID**2)).all()
     assert (object_cells <= round(0.6 * GRID**2)).all()
@@ -69,7 +69,7 @@ def test_heads_are_the_heads_that_attend_most(encoder, tokens):
 
     inside = parts < encoder.heads
     assert baseline.shape.parts == encoder.heads
-    assert torch.equal(parts[inside], tokens.class_attention.argmax(embed_dim=1)[inside])
+    assert torch.equal(parts[inside], tokens.class_attention.argmax(dim=1)[inside])
 
 
 def test_heads_by_mass_of_five_cells_by_hand():
@@ -89,18 +89,18 @@ def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
     parts, rank = baseline.label(tokens)
 
     kept = holding(tokens.class_attention, 0.6)
-    heads = tokens.class_attention.argmax(embed_dim=1)
+    heads = tokens.class_attention.argmax(dim=1)
     assert baseline.shape.parts == encoder.heads
-    assert torch.equal(parts == encoder.heads, ~kept.any(embed_dim=1))
+    assert torch.equal(parts == encoder.heads, ~kept.any(dim=1))
     assert torch.equal(rank, Baseline("heads", encoder, parts=99).label(tokens)[1])
-    assert torch.equal(parts[kept.all(embed_dim=1)], heads[kept.all(embed_dim=1)])
+    assert torch.equal(parts[kept.all(dim=1)], heads[kept.all(dim=1)])
 
 
 @pytest.mark.parametrize("name", ["heads", "kmeans-image"])
 def test_a_shuffled_image_has_the_labels_of_the_next(name, encoder, tokens):
-    parts, rank = Baseline(name, encoder, parts=PARTS).label(tokens)
+    parts, rank = Baseline(name, encoder, num_parts=PARTS).label(tokens)
 
-    shuffled, ranks = Baseline(f"shuffled-{name}", encoder, parts=PARTS).label(tokens)
+    shuffled, ranks = Baseline(f"shuffled-{name}", encoder, num_parts=PARTS).label(tokens)
 
     assert not torch.equal(parts[0], parts[1])
     assert torch.equal(shuffled, parts[[1, 0]])
@@ -111,7 +111,7 @@ def test_one_image_has_no_next(encoder, tokens):
     alone = tokens_of(tokens.patch_tokens[:1], tokens.class_attention[:1])
 
     with pytest.raises(ValueError, match="at least two, got 1"):
-        Baseline("shuffled-heads", encoder, parts=PARTS).label(alone)
+        Baseline("shuffled-heads", encoder, num_parts=PARTS).label(alone)
 
 
 def extraction(images: Path, out: Path, parts: str, **changes) -> ExtractConfig:
@@ -121,7 +121,7 @@ def extraction(images: Path, out: Path, parts: str, **changes) -> ExtractConfig:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_image_left_alone_joins_the_others_and_all_have_labels_of_another(batch_size, tmp_path):
+def test_an_image_left_alone_joins_the_others_and_all_have_labels_of_another(batch_size, tmp_path):
     """Six images in batches of four and two, of which the fifth in order turns out to be no image."""
     photos = photographs(tmp_path / "photos", 6)
     torn = photos / f"{permutation(6, seed=0, epoch=0)[4]:03d}.jpg"
@@ -164,7 +164,7 @@ def test_batches_of_every_size_hold_all_images_in_order_and_none_alone():
 
 @pytest.mark.parametrize("count", [0, 256])
 def test_a_count_whose_labels_fit_no_byte_is_refused(count, tmp_path):
-    with pytest.raises(ValueError, match=rf"count must lie between 1 and 255 \(labels are bytes\), got {count}"):
+    with pytest.raises(ValueError, match=rf"num_parts must lie between 1 and 255 \(labels are bytes\), got {count}"):
         extraction(tmp_path, tmp_path / "set", "regions", num_parts=count)
 
 
@@ -182,7 +182,7 @@ def test_where_the_object_has_fewer_cells_than_parts_each_is_a_part(name, encode
         assert sorted(inside.tolist()) == list(range(len(inside)))
 
 
-def test_kmeans_of_a_image_finds_the_parts_of_its_object(encoder, tokens):
+def test_kmeans_of_an_image_finds_the_parts_of_its_object(encoder, tokens):
     parts, _ = Baseline("kmeans-image", encoder, parts=2).label(tokens)
 
     halves = (torch.arange(GRID) >= 4).long().expand(GRID, GRID).flatten()
@@ -231,7 +231,7 @@ def test_regions_are_compact_and_another_draw_in_another_image(encoder, tokens):
         assert all(len(at) for at in places)
         for part, at in enumerate(places):  # a cell lies nearest to its own region's centre, or nearly so
             near = torch.cdist(torch.stack([at // GRID, at % GRID], 1).float(), centres)
-            assert (near[:, part] <= near.min(embed_dim=1).values + 2).all()
+            assert (near[:, part] <= near.min(dim=1).values + 2).all()
 
 
 def test_extraction_writes_a_baseline_and_says_which(tmp_path):

@@ -122,7 +122,7 @@ def test_masks_are_labels_of_one_part(folder, tmp_path):
     assert info["groups"] == 2
 
 
-def test_a_image_without_truth_is_named_before_the_build_starts(folder, tmp_path):
+def test_an_image_without_truth_is_named_before_the_build_starts(folder, tmp_path):
     (folder / "labels/3.png").unlink()
 
     with pytest.raises(FileNotFoundError, match=r"labels/3\.png is missing: every image needs its truth"):
