@@ -23,6 +23,7 @@ def learned_ari(folder: Path, *, shuffled: bool = False, **changes: Any) -> floa
         num_parts=PARTS,
         crops=2,
         batch_size=16,
+        base_lr=0.016,
         run=RunConfig(out=folder / "run", device="cpu", precision="fp32"),
         **{"steps": 120} | changes,
     )
