@@ -76,7 +76,7 @@ def bench_extract(
     ]
     encoder = labeller.encoder.description["source"]
     caption = (
-        f"builds of {min(build, len(listed.images))} listed, {config.batch_size} at once, labelled by {encoder} "
+        f"builds of {min(build, len(listed.images))} images, {config.batch_size} at once, labelled by {encoder} "
         f"on a grid of {labeller.grid} on {pick_device(run.device)}, {run.threads} threads. {gate_in_words()}"
     )
     return Report(rows, BARS, caption)

@@ -53,7 +53,7 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
     rows = [summary(case.name, case.unit, blocks[case.name]) for case in cases]
     rows += [summary(f"{over}/{under}", "ratio", ratios(blocks[over], blocks[under])) for over, under in pairs]
     caption = (
-        f"learn-parts --paper on {ENCODER}, {encoder.size} px, {BATCH} listed a step, target 112 px, on {device}, "
+        f"learn-parts --paper on {ENCODER}, {encoder.size} px, {BATCH} images a step, target 112 px, on {device}, "
         f"one core. A ratio counts the bare forwards that a step takes. {gate_in_words()}"
     )
     return Report(rows, BARS, caption)

@@ -81,7 +81,7 @@ def load_split(data: str, images: str) -> Split:
     missing = int((class_ids < 0).sum())
     if missing:
         raise ValueError(
-            f"{missing} of {len(class_ids)} opened in {split.source} have no class, and this protocol "
+            f"{missing} of {len(class_ids)} images in {split.source} have no class, and this protocol "
             "needs one for each; sort them into one folder a class"
         )
     return split

@@ -22,15 +22,15 @@ def sample_flips(
 def sample_boxes(
     seed: int, epochs: Int64[np.ndarray, " batch"], indices: Int64[np.ndarray, " batch"], *, size: int, scale: float
 ) -> Int64[np.ndarray, "batch 4"]:
-    """Random resized crops as torchvision params them (area in [scale, 1], log-uniform ratio in [3/4, 4/3], ten
+    """Random resized crops as torchvision draws them (area in [scale, 1], log-uniform ratio in [3/4, 4/3], ten
     tries, else the whole image), as x0, y0, width, height in pixels of the stored square."""
-    params = uniform(seed, epochs, indices, CROP, 4 * TRIES).reshape(-1, TRIES, 4).astype(np.float64)
-    area = size**2 * (scale + (1 - scale) * params[..., 0])
-    ratio = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * params[..., 1])
+    draws = uniform(seed, epochs, indices, CROP, 4 * TRIES).reshape(-1, TRIES, 4).astype(np.float64)
+    area = size**2 * (scale + (1 - scale) * draws[..., 0])
+    ratio = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * draws[..., 1])
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width <= size) & (height <= size) & (width > 0) & (height > 0)
     chosen = np.where(fits.any(axis=1), fits.argmax(axis=1), -1)
-    x0, y0 = np.floor(params[..., 2] * (size - width + 1)), np.floor(params[..., 3] * (size - height + 1))
+    x0, y0 = np.floor(draws[..., 2] * (size - width + 1)), np.floor(draws[..., 3] * (size - height + 1))
     boxes = np.stack([x0, y0, width, height], axis=-1)[np.arange(len(indices)), chosen].astype(np.int64)
     return np.where((chosen < 0)[:, None], np.array([0, 0, size, size]), boxes)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS = range(7)  # purposes: never renumber, params depend on them
+ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS = range(7)  # purposes: never renumber, draws depend on them
 
 
 def uniform(
@@ -18,14 +18,14 @@ def uniform(
     epochs: Int64[np.ndarray, " batch"],
     indices: Int64[np.ndarray, " batch"],
     purpose: int,
-    params: int,
-) -> Float32[np.ndarray, "batch params"]:
+    draws: int,
+) -> Float32[np.ndarray, "batch draws"]:
     """Numbers in [0, 1), 24 bits each, keyed by (seed, epoch, index, purpose, draw)."""
     keys = np.empty(len(indices), dtype=np.uint64)
     for epoch in np.unique(epochs):
         keys[epochs == epoch] = key_of(seed, int(epoch), purpose)
     rows = splitmix64(keys + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    columns = np.arange(1, params + 1, dtype=np.uint64) * GOLDEN
+    columns = np.arange(1, draws + 1, dtype=np.uint64) * GOLDEN
     bits = splitmix64(rows[:, None] + columns[None])
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 

@@ -82,7 +82,7 @@ def _train(config: EncoderConfig, run: RunFolder, listed: ImageList, stop_after_
     total = config.epochs * count // config.batch_size
     if config.epochs and not total:
         raise ValueError(
-            f"{config.epochs} epochs of {count} listed make no batch of {config.batch_size}; "
+            f"{config.epochs} epochs of {count} images make no batch of {config.batch_size}; "
             "lower --batch-size or raise --epochs"
         )
     device = pick_device(config.run.device)
@@ -136,7 +136,7 @@ def _train(config: EncoderConfig, run: RunFolder, listed: ImageList, stop_after_
     report = {
         "verb": "encoder",
         "steps": step,
-        "listed": count,
+        "images": count,
         "unreadable": int(shown.pop("unreadable", 0)),
         "images_digest": listed.digest,
         "seconds": round(time.monotonic() - began, 1),

@@ -73,12 +73,12 @@ def stream(shards: ShardSet, **options) -> Iterator:
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 4, "prefetch": 4}, {"position": 77}, {"crop_scale": 0.4}], ids=str)
-def test_a_staged_stream_is_the_unstaged_one_bit_for_bit_in_two_windows_of_room(options, source, original, tmp_path):
+def test_a_cached_stream_is_the_uncached_one_bit_for_bit_in_two_windows_of_room(options, source, original, tmp_path):
     """One and a half epochs, so that shards are copied, let go, and copied again. What is decoded far ahead spans more
     windows, and needs room for them."""
     room = two_windows(original) * (2 if "prefetch" in options else 1)
-    with ShardSet.open(source, cache=tmp_path, cache_bytes=room) as staged:
-        assert same(stream(staged, **options), stream(original, **options), 30)
+    with ShardSet.open(source, cache=tmp_path, cache_bytes=room) as cached:
+        assert same(stream(cached, **options), stream(original, **options), 30)
 
 
 class Watch(threading.Thread):
@@ -118,11 +118,11 @@ def test_the_copies_never_take_more_than_they_may(pause, threads, source, origin
     budget = two_windows(original)
     tolerance = max(shard["bytes"] for shard in original.info["shards"])
     with (
-        ShardSet.open(source, cache=tmp_path, cache_bytes=budget) as staged,
-        Watch(staged.path / "shards") as watch,
+        ShardSet.open(source, cache=tmp_path, cache_bytes=budget) as cached,
+        Watch(cached.path / "shards") as watch,
     ):
         for _ in range(2):  # the second stream begins where the first began, with its last copies there
-            batches = stream(staged, threads=threads)
+            batches = stream(cached, threads=threads)
             for _ in islice(batches, 30):
                 time.sleep(pause)
             batches.close()
@@ -130,19 +130,19 @@ def test_the_copies_never_take_more_than_they_may(pause, threads, source, origin
     assert watch.looks > 20
     assert 0 < watch.most_whole <= budget + tolerance
     assert watch.most <= budget + tolerance
-    assert sum(file.stat().st_size for file in staged.path.glob("shards/*.tar")) <= budget
+    assert sum(file.stat().st_size for file in cached.path.glob("shards/*.tar")) <= budget
 
 
 def test_shards_of_past_windows_are_deleted_and_take_no_room_of_the_disk(original, tmp_path):
     """An open file keeps its room after it is deleted: none stays open."""
-    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as staged:
-        batches = iter(Stream(staged, batch_size=BATCH, seed=0, window=WINDOW, prefetch=0))
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as cached:
+        batches = iter(Stream(cached, batch_size=BATCH, seed=0, window=WINDOW, prefetch=0))
         windows = Epochs(original.shard_sizes, seed=0, window=WINDOW).windows(0)
         first, second, third, fourth = ({f"{n:06d}.tar" for n in numbers} for _, numbers in islice(windows, 4))
         list(islice(batches, 1))
-        wait_until(lambda: copies(staged) == first | second)
+        wait_until(lambda: copies(cached) == first | second)
         list(islice(batches, 9))  # into the third window
-        wait_until(lambda: copies(staged) == third | fourth)
+        wait_until(lambda: copies(cached) == third | fourth)
         list(islice(batches, 1))
         kept = open_files(tmp_path)
         batches.close()
@@ -155,10 +155,10 @@ def test_reading_in_order_stays_within_the_size_too(original, tmp_path):
     """Nothing says what comes next, so copies are made as they are needed."""
     budget = two_windows(original)
     with (
-        ShardSet.open(original.path, cache=tmp_path, cache_bytes=budget) as staged,
-        Watch(staged.path / "shards") as watch,
+        ShardSet.open(original.path, cache=tmp_path, cache_bytes=budget) as cached,
+        Watch(cached.path / "shards") as watch,
     ):
-        read = [index for batch in in_order(staged, batch_size=4) for index in batch.indices.tolist()]
+        read = [index for batch in in_order(cached, batch_size=4) for index in batch.indices.tolist()]
         kept = open_files(tmp_path)
 
     assert read == list(range(60))
@@ -179,25 +179,25 @@ def wait_until(true, seconds: float = 20.0) -> None:
 
 def test_a_budget_below_two_windows_is_refused_with_the_size_it_needs(original, tmp_path):
     needed = two_windows(original)
-    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed - 1) as staged:
-        batches = stream(staged)
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed - 1) as cached:
+        batches = stream(cached)
 
         with pytest.raises(ValueError, match=rf"needs {needed / 1e9:.2f} GB .* raise --cache-gb, or choose a smaller"):
             next(batches)
 
-    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed) as staged:
-        assert same(stream(staged), stream(original), 1)
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=needed) as cached:
+        assert same(stream(cached), stream(original), 1)
 
 
 def test_without_windows_all_shards_must_fit(original, tmp_path):
-    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as staged:
-        batches = stream(staged, window=0)
+    with ShardSet.open(original.path, cache=tmp_path, cache_bytes=two_windows(original)) as cached:
+        batches = stream(cached, window=0)
 
         with pytest.raises(ValueError, match="shuffle windows of shards, with --window 8"):
             next(batches)
 
 
-def test_a_remote_set_without_a_stage_is_a_sentence():
+def test_a_remote_set_without_a_cache_is_a_sentence():
     with pytest.raises(ValueError, match=r"^s3://images/set is remote: name with --cache a folder on a local disk"):
         ShardSet.open("s3://images/set")
 
@@ -205,7 +205,7 @@ def test_a_remote_set_without_a_stage_is_a_sentence():
 def test_no_set_at_a_place_is_a_sentence(s3, tmp_path):
     for nowhere in ("s3://images/nowhere", "s3://no-such-bucket/set", str(tmp_path / "nowhere")):
         with pytest.raises(FileNotFoundError, match=rf"no whole shard set at {nowhere}: dataset\.json is missing"):
-            ShardSet.open(nowhere, cache=tmp_path / "step")
+            ShardSet.open(nowhere, cache=tmp_path / "cache")
 
 
 def test_labels_lie_on_a_local_disk(original, tmp_path):
@@ -229,60 +229,60 @@ def harmed(tar: Path, at: int = 700) -> None:
 def test_s8_a_damaged_remote_shard_is_named_and_not_kept(at, mine, s3, tmp_path):
     """Its sha256 tells even of bytes that no sample needs."""
     harmed(mine / "shards/000004.tar", at)
-    with ShardSet.open(upload(mine, s3), cache=tmp_path / "step") as staged:
+    with ShardSet.open(upload(mine, s3), cache=tmp_path / "cache") as cached:
         with pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is damaged: its sha256"):
-            list(islice(stream(staged), 40))
+            list(islice(stream(cached), 40))
 
-        assert "000004.tar" not in copies(staged)
-        assert not list(staged.path.glob("shards/.*"))
+        assert "000004.tar" not in copies(cached)
+        assert not list(cached.path.glob("shards/.*"))
 
 
 def test_s8_a_lost_remote_shard_is_named(mine, s3, tmp_path):
     (mine / "shards/000004.tar").unlink()
 
     with (
-        ShardSet.open(upload(mine, s3), cache=tmp_path / "step") as staged,
+        ShardSet.open(upload(mine, s3), cache=tmp_path / "cache") as cached,
         pytest.raises(ShardError, match=r"s3://images/set/shards/000004\.tar is missing; upload it again"),
     ):
-        list(islice(stream(staged), 40))
+        list(islice(stream(cached), 40))
 
 
 def test_s8_an_index_that_is_not_the_one_named_is_refused(mine, s3, tmp_path):
     shutil.copy(mine / "shards/000000.parquet", mine / "index.parquet")
 
     with pytest.raises(ShardError, match=r"index\.parquet is missing or not the one dataset\.json names"):
-        ShardSet.open(upload(mine, s3), cache=tmp_path / "step")
+        ShardSet.open(upload(mine, s3), cache=tmp_path / "cache")
 
 
 def test_after_the_store_has_mended_the_same_set_streams_on(mine, original, tmp_path):
     """What failed once is asked for again by the next stream."""
     whole = (mine / "shards/000004.tar").read_bytes()
     harmed(mine / "shards/000004.tar")
-    with ShardSet.open(mine, cache=tmp_path / "step") as staged:
+    with ShardSet.open(mine, cache=tmp_path / "cache") as cached:
         with pytest.raises(ShardError, match="sha256"):
-            list(islice(stream(staged), 40))
+            list(islice(stream(cached), 40))
         (mine / "shards/000004.tar").write_bytes(whole)
 
-        assert same(stream(staged), stream(original), 30)
+        assert same(stream(cached), stream(original), 30)
 
 
 def test_a_set_built_anew_at_the_same_place_is_copied_anew(original, tmp_path):
     """Other images, other checksums, and shards of the same names and sizes: old copies must not stand in."""
-    place, stage = tmp_path / "place", tmp_path / "step"
+    place, cache = tmp_path / "place", tmp_path / "cache"
     shutil.copytree(original.path, place)
-    with ShardSet.open(place, cache=stage) as staged:
-        list(in_order(staged, batch_size=20))
+    with ShardSet.open(place, cache=cache) as cached:
+        list(in_order(cached, batch_size=20))
     shutil.rmtree(place)
     write_set(place, count=60, size=32, samples_per_shard=6, seed=1)
 
-    with ShardSet.open(place) as plain, ShardSet.open(place, cache=stage) as staged:
+    with ShardSet.open(place) as plain, ShardSet.open(place, cache=cache) as cached:
         alike = [
             one["bytes"] == other["bytes"]
             for one, other in zip(plain.info["shards"], original.info["shards"], strict=True)
         ]
         assert any(alike)
         assert plain.fingerprint != original.fingerprint
-        assert same(stream(staged), stream(plain), 20)
+        assert same(stream(cached), stream(plain), 20)
 
 
 def test_copies_that_vanish_under_the_reader_are_copied_again(original, tmp_path):
@@ -295,11 +295,11 @@ def test_copies_that_vanish_under_the_reader_are_copied_again(original, tmp_path
                 copy.unlink(missing_ok=True)
             time.sleep(0.001)
 
-    with ShardSet.open(original.path, cache=tmp_path) as staged:
-        other = threading.Thread(target=sweep, args=(staged.path / "shards",))
+    with ShardSet.open(original.path, cache=tmp_path) as cached:
+        other = threading.Thread(target=sweep, args=(cached.path / "shards",))
         other.start()
         try:
-            assert same(stream(staged, threads=3), stream(original), 30)
+            assert same(stream(cached, threads=3), stream(original), 30)
         finally:
             done.set()
             other.join()
@@ -308,10 +308,10 @@ def test_copies_that_vanish_under_the_reader_are_copied_again(original, tmp_path
 KILLED = """
 import sys
 from pathlib import Path
-from shards import stage
+from shards import cache
 from shards.shard_set import ShardSet
 
-stage.PIECE = 512
+cache.PIECE = 512
 with ShardSet.open(sys.argv[1], cache=sys.argv[2]) as shards:
     print("begun", flush=True)
     shards.read(0)
@@ -324,24 +324,24 @@ def environment() -> dict[str, str]:
 
 def test_g3_a_kill_while_a_shard_is_copied_leaves_nothing_that_is_taken_for_whole(mine, original, tmp_path):
     """The store is a pipe here, so that the kill comes in the middle of the copy for certain."""
-    tar, stage = mine / "shards/000000.tar", tmp_path / "step"
+    tar, cache = mine / "shards/000000.tar", tmp_path / "cache"
     whole = tar.read_bytes()
     tar.unlink()
     os.mkfifo(tar)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(mine), str(stage)], env=environment())
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(mine), str(cache)], env=environment())
     with open(tar, "wb", buffering=0) as pipe:
         pipe.write(whole[: len(whole) // 2])
-        wait_until(lambda: any(part.stat().st_size for part in stage.glob("*/shards/.*.part")))
+        wait_until(lambda: any(part.stat().st_size for part in cache.glob("*/shards/.*.part")))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert not list(stage.glob("*/shards/*.tar"))
+    assert not list(cache.glob("*/shards/*.tar"))
     tar.unlink()
     tar.write_bytes(whole)
 
-    with ShardSet.open(mine, cache=stage, cache_bytes=two_windows(original)) as staged:
-        assert not list(stage.glob("*/shards/.*.part"))
-        assert same(stream(staged), stream(original), 25)
-        for copy in staged.path.glob("shards/*.tar"):
+    with ShardSet.open(mine, cache=cache, cache_bytes=two_windows(original)) as cached:
+        assert not list(cache.glob("*/shards/.*.part"))
+        assert same(stream(cached), stream(original), 25)
+        for copy in cached.path.glob("shards/*.tar"):
             assert sha256_file(copy) == sha256_file(original.path / "shards" / copy.name)
 
 
@@ -351,8 +351,8 @@ from itertools import islice
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 
-source, stage, budget, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-with ShardSet.open(source, cache=stage, cache_bytes=budget) as shards:
+source, cache, budget, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+with ShardSet.open(source, cache=cache, cache_bytes=budget) as shards:
     stream = Stream(shards, batch_size=6, seed=0, window=2, rank=rank, world_size=2, prefetch=1)
     for batch in islice(stream, 25):
         digest = hashlib.sha256(batch.images.tobytes() + batch.parts.tobytes() + batch.fgrank.tobytes())
@@ -384,8 +384,8 @@ def test_two_ranks_share_one_stage(original, tmp_path):
 def test_a_stage_leaves_what_it_copies_from_as_it_was(original, tmp_path):
     before = {file: (file.stat().st_mtime_ns, sha256_file(file)) for file in original.path.rglob("*.*")}
 
-    with ShardSet.open(original.path, cache=tmp_path) as staged:
-        list(islice(stream(staged), 20))
+    with ShardSet.open(original.path, cache=tmp_path) as cached:
+        list(islice(stream(cached), 20))
 
     assert {file: (file.stat().st_mtime_ns, sha256_file(file)) for file in original.path.rglob("*.*")} == before
-    assert read_json(staged.path / "dataset.json")["fingerprint"] == original.fingerprint
+    assert read_json(cached.path / "dataset.json")["fingerprint"] == original.fingerprint

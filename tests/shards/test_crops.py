@@ -1,4 +1,4 @@
-"""S6, S7: an image is cropped and mirrored together with its labels, by params that belong to the sample alone."""
+"""S6, S7: an image is cropped and mirrored together with its labels, by draws that belong to the sample alone."""
 
 import functools
 import io

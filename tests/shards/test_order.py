@@ -31,19 +31,19 @@ GOLDEN_DRAWS = [0.7394862174987793, 0.6323685646057129, 0.7738612294197083, 0.33
 def test_draws_are_uniform_and_depend_on_their_whole_key():
     epochs, places = np.zeros(4000, np.int64), np.arange(4000)
 
-    params = uniform(3, epochs, places, MASK, 8)
+    draws = uniform(3, epochs, places, MASK, 8)
 
-    assert params.min() >= 0
-    assert params.max() < 1
-    assert abs(params.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(params[:-1, 0], params[1:, 0])[0, 1]) < 0.05
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.05
     for other in (
         uniform(4, epochs, places, MASK, 8),
         uniform(3, epochs + 1, places, MASK, 8),
         uniform(3, epochs, places, FLIP, 8),
     ):
-        assert (params == other).mean() < 0.001
-    assert np.array_equal(uniform(3, epochs[:5], places[10:15], MASK, 8), params[10:15])
+        assert (draws == other).mean() < 0.001
+    assert np.array_equal(uniform(3, epochs[:5], places[10:15], MASK, 8), draws[10:15])
 
 
 @settings(deadline=None)

@@ -130,7 +130,7 @@ def test_ranks_never_run_out_of_batches_before_each_other(make_shards: Callable[
 
 
 def test_seed_one_is_not_seed_zero_shifted_by_a_sample(make_shards):
-    """grain keys its params by seed + index."""
+    """grain keys its draws by seed + index."""
     from shards.rng import FLIP, uniform
 
     indices, epochs = np.arange(200), np.zeros(200, np.int64)

@@ -159,9 +159,9 @@ def test_order_v1_windows_of_two_of_ten_shards_begin_as_ever():
 )
 def test_order_v1_the_draws_of_every_purpose_begin_as_ever(purpose, first, later):
     """Each is a multiple of 2^-24, so a decimal names it exactly."""
-    params = uniform(0, np.array([0, 2]), np.array([0, 7]), purpose, 2)
+    draws = uniform(0, np.array([0, 2]), np.array([0, 7]), purpose, 2)
 
-    assert params.tolist() == [first, later]
+    assert draws.tolist() == [first, later]
 
 
 def test_order_v1_flips_and_boxes_begin_as_ever():

@@ -1,4 +1,4 @@
-"""Stored labels against the truth, as `demo` scores and params them."""
+"""Stored labels against the truth, as `demo` scores and draws them."""
 
 import io
 from pathlib import Path

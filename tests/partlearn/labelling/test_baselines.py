@@ -48,7 +48,7 @@ def tokens() -> Tokens:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "heads-mass"])
 def test_labels_are_parts_on_the_best_cells_and_background_beyond(name, encoder, tokens):
-    baseline = Baseline(name, encoder, num_parts=PARTS)
+    baseline = Baseline(name, encoder, parts=PARTS)
 
     parts, rank = baseline.label(tokens)
 
@@ -98,9 +98,9 @@ def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
 
 @pytest.mark.parametrize("name", ["heads", "kmeans-image"])
 def test_a_shuffled_image_has_the_labels_of_the_next(name, encoder, tokens):
-    parts, rank = Baseline(name, encoder, num_parts=PARTS).label(tokens)
+    parts, rank = Baseline(name, encoder, parts=PARTS).label(tokens)
 
-    shuffled, ranks = Baseline(f"shuffled-{name}", encoder, num_parts=PARTS).label(tokens)
+    shuffled, ranks = Baseline(f"shuffled-{name}", encoder, parts=PARTS).label(tokens)
 
     assert not torch.equal(parts[0], parts[1])
     assert torch.equal(shuffled, parts[[1, 0]])
@@ -111,7 +111,7 @@ def test_one_image_has_no_next(encoder, tokens):
     alone = tokens_of(tokens.patch_tokens[:1], tokens.class_attention[:1])
 
     with pytest.raises(ValueError, match="at least two, got 1"):
-        Baseline("shuffled-heads", encoder, num_parts=PARTS).label(alone)
+        Baseline("shuffled-heads", encoder, parts=PARTS).label(alone)
 
 
 def extraction(images: Path, out: Path, parts: str, **changes) -> ExtractConfig:
