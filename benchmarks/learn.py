@@ -11,9 +11,10 @@ from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.crops import TokenCrop, TokenCrops
 from partlearn.initialise import start
-from partlearn.train import new_learner, new_optimizer, train_step
+from partlearn.train import PartLearning, new_learner, new_optimizer, parts_loss
 from training.config import RunConfig
 from training.device import pick_device
+from training.update import update
 
 ENCODER, GRID, BATCH = "random:vit_small_patch16_224", 28, 8
 BARS = {"encoder_forward/step_fresh": ("<=", 1.7), "encoder_forward/step_cached": ("<=", 0.6)}
@@ -41,7 +42,7 @@ def bench_learn(images: str, *, minutes: float, run: RunConfig, grid: int = GRID
         view = next(batches)
 
     def step(seen: TokenCrop) -> None:
-        train_step(learner, optimizer, config, encoder, seen)
+        update(optimizer, [parts_loss(learner, config, encoder, seen)[0]], largest_norm=PartLearning.largest_norm)
 
     cases = [
         Case("encoder_forward", _repeated(lambda: encoder(view.pixels))),

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -22,12 +24,13 @@ from partlearn.learner import LearnerShape, PartLearner, shape_as_json
 from partlearn.losses import balance_loss, diversity_loss, feature_loss, pixel_loss
 from shards.atomic import sha256_json
 from shards.images import list_images
-from training import checkpoint, distributed
+from training import distributed
 from training.device import autocast, pick_device
-from training.metrics import Metrics, last_figures
-from training.progress import Progress
-from training.run_folder import RunFolder
+from training.loop import save, train
+from training.metrics import Metrics
+from training.run_folder import RunFolder, opened
 from training.schedule import learning_rate
+from training.task import Task
 
 LOG_EVERY = 10
 
@@ -49,115 +52,107 @@ def learn(
         ValueError: A setting or the images do not fit the encoder, the memory or the ranks.
         CheckpointError: The encoder's weights cannot be loaded.
     """
-    joined = distributed.join(config.run.device)
-    try:
-        _refuse_ranks(config, distributed.world_size())
-        with RunFolder.open(config) as run:
-            distributed.barrier()
-            return run.report() if run.finished else _train(config, run, encoder, stop_after_steps)
-    finally:
-        if joined:
-            distributed.leave()
 
-
-def _refuse_ranks(config: LearnConfig, ranks: int) -> None:
-    """Before anything is read or written."""
-    if config.batch_size % ranks:
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
-    if config.kept_crops and ranks > 1:
-        raise ValueError(
-            f"{ranks} ranks cannot share views kept in memory (--crops {config.crops}); take --crops 0, fresh crops "
-            "every step"
-        )
-
-
-def _train(
-    config: LearnConfig, run: RunFolder, encoder: Encoder | None, stop_after_steps: int | None
-) -> dict[str, Any]:
-    device = pick_device(config.run.device)
-    images = list_images(config.images)
-    encoder = encoder or load_encoder(
-        config.encoder,
-        grid=config.grid,
-        block=config.encoder_block,
-        device=device,
-        precision=config.run.precision,
-    )
-    learner = new_learner(config, encoder).to(device)
-    optimizer = new_optimizer(learner, config)
-    step, resumed = 0, checkpoint.newest(run.path)
-    if resumed:
-        learner.load_state_dict(checkpoint.load_tensors(resumed / "model.safetensors")[0])
-        learner.attention.prototypes.requires_grad_(config.init == "kmeans")
-        state = checkpoint.load_state(resumed)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    views = TokenCrops(config, encoder, images)
-    if not resumed:
-        start(learner, config, encoder, views)
-        distributed.broadcast(learner.state_dict().values())
-    batches = views.batches(step=step, rank=distributed.rank(), world_size=distributed.world_size())
-    metrics, progress = Metrics(run.path, step=step), Progress(config.updates, "parts", "steps", done=step)
-    clock = checkpoint.Clock(config.run.checkpoint_minutes)
-    figures = last_figures(run.path, step=step)
-    if not config.updates:
-        figures = over_ranks(_start_health(learner, next(batches)), device)
-        metrics.log(0, **figures)
-        _save(run, 0, learner, encoder, optimizer)
-    end = min(config.updates, stop_after_steps or config.updates)
-    while step < end:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                peak=config.base_lr * config.batch_size / 256,
-                warmup_steps=min(500, config.updates // 10),
-                total_steps=config.updates,
+    def check(ranks: int) -> None:
+        if config.kept_crops and ranks > 1:
+            raise ValueError(
+                f"{ranks} ranks cannot share crops kept in memory (--crops {config.crops}); take --crops 0, fresh "
+                "crops every step"
             )
-        loss, parts_of_loss, maps, cells = train_step(learner, optimizer, config, encoder, next(batches))
-        if step % LOG_EVERY == 0 or step == config.updates - 1:
-            figures = {"loss": loss.item(), **parts_of_loss, **health(maps.detach(), cells)}
-            figures = over_ranks(figures, device)
-            metrics.log(step, **figures)
-        step += 1
-        progress.advance(**{name: figures[name] for name in ("psnr", "parts_used") if name in figures})
-        if clock.due() or step == end:
-            _save(run, step, learner, encoder, optimizer)
-    progress.close()
-    metrics.close()
-    for warning in warnings_of(figures, config.num_parts, trained=step > 0) if distributed.is_main() else ():
+
+    with opened(config, check=check) as run:
+        if run.finished:
+            return run.report()
+        task = PartLearning(config, encoder)
+        report = (
+            train(task, run, config.run, total=config.updates, stop_after_steps=stop_after_steps)
+            if config.updates
+            else _started(task, run)
+        )
+    for warning in warnings_of(report, config.num_parts, trained=report["steps"] > 0) if distributed.is_main() else ():
         print(warning, file=sys.stderr)
-    report = {
-        "steps": step,
-        "images": len(images.images),
-        "encoder": encoder.description,
-        **figures,
-    }
-    if step == config.updates:
-        run.finish(report)
+    return report
+
+
+class PartLearning(Task):
+    """A part learner on the tokens of a frozen encoder."""
+
+    name = "parts"
+    largest_norm = 1.0
+    log_every = LOG_EVERY
+    shown = ("psnr", "parts_used")
+
+    def __init__(self, config: LearnConfig, encoder: Encoder | None = None):
+        self.config, self.batch_size = config, config.batch_size
+        self.device = pick_device(config.run.device)
+        self.images = list_images(config.images)
+        self.encoder = encoder or load_encoder(
+            config.encoder,
+            grid=config.grid,
+            block=config.encoder_block,
+            device=self.device,
+            precision=config.run.precision,
+        )
+        self.learner = new_learner(config, self.encoder).to(self.device)
+        self.optimizer = new_optimizer(self.learner, config)
+        self.resumed = False
+
+    def rate(self, step: int) -> float:
+        updates = self.config.updates
+        return learning_rate(step, peak=_peak(self.config), warmup_steps=min(500, updates // 10), total_steps=updates)
+
+    def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
+        """One micro-batch: the balance of the parts is over the whole batch."""
+        loss, self.terms, self.maps, self.cells = parts_loss(
+            self.learner, self.config, self.encoder, next(self.batches)
+        )
+        yield loss
+        distributed.average_gradients(self.learner.parameters())
+
+    def figures(self, step: int) -> dict[str, float]:
+        return over_ranks(self.terms | health(self.maps.detach(), self.cells), self.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.learner.state_dict()
+
+    def metadata(self) -> dict[str, Any]:
+        shape = shape_as_json(self.learner.shape)
+        digest = sha256_json([shape, self.encoder.fingerprint, fingerprint(self.learner.state_dict())])
+        return {"learner": shape, "encoder": self.encoder.description, "learner_sha256": digest}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(tensors)
+        self.learner.attention.prototypes.requires_grad_(self.config.init == "kmeans")
+        self.resumed = True
+
+    def open(self, step: int) -> None:
+        crops = TokenCrops(self.config, self.encoder, self.images)
+        if not self.resumed:
+            start(self.learner, self.config, self.encoder, crops)
+            distributed.broadcast(self.learner.state_dict().values())
+        self.batches = crops.batches(step=step, rank=distributed.rank(), world_size=distributed.world_size())
+
+    def close(self) -> None:
+        self.batches.close()
+
+    def report(self, step: int) -> dict[str, Any]:
+        return {"images": len(self.images.images), "encoder": self.encoder.description}
+
+
+def _started(task: PartLearning, run: RunFolder) -> dict[str, Any]:
+    """A learner that takes no step: it is what its start made of it."""
+    task.open(0)
+    with closing(task.batches) as batches, closing(Metrics(run.path, step=0)) as metrics:
+        figures = over_ranks(_start_health(task.learner, next(batches)), task.device)
+        metrics.log(0, **figures)
+    save(task, run, 0)
+    report = {"steps": 0, **task.report(0), **figures}
+    run.finish(report)
     distributed.barrier()
     return report
 
 
-def train_step(
-    learner: PartLearner, optimizer: torch.optim.Optimizer, config: LearnConfig, encoder: Encoder, view: TokenCrop
-) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
-    """One update from this rank's block of the batch; returns what `_loss` does.
-
-    Raises:
-        FloatingPointError: The loss is not finite; the weights are as they were.
-    """
-    outcome = _loss(learner, config, encoder, view)
-    if not torch.isfinite(outcome[0]):
-        raise FloatingPointError(f"the loss became {outcome[0].item()}; lower --base-lr or use --precision fp32")
-    optimizer.zero_grad()
-    outcome[0].backward()
-    distributed.average_gradients(learner.parameters())
-    torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-    optimizer.step()
-    return outcome
-
-
-def _loss(
+def parts_loss(
     learner: PartLearner, config: LearnConfig, encoder: Encoder, view: TokenCrop
 ) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
     """Eq. 7: rebuilding + 0.03 · diversity (+ balance), its terms for the log, the maps and the cells they are on.
@@ -245,25 +240,8 @@ def new_optimizer(learner: PartLearner, config: LearnConfig) -> torch.optim.Adam
     matrices = [p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(("bias", "prototypes"))]
     others = [p for n, p in learner.named_parameters() if p.ndim <= 1 or n.endswith(("bias", "prototypes"))]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.base_lr * config.batch_size / 256, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=_peak(config), betas=(0.9, 0.99))
 
 
-def _save(
-    run: RunFolder,
-    step: int,
-    learner: PartLearner,
-    encoder: Encoder,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    if not distributed.is_main():
-        return
-    tensors = learner.state_dict()
-    shape = shape_as_json(learner.shape)
-    digest = sha256_json([shape, encoder.fingerprint, fingerprint(tensors)])
-    checkpoint.save(
-        run.path,
-        step,
-        tensors,
-        metadata={"learner": shape, "encoder": encoder.description, "learner_sha256": digest},
-        state={"optimizer": optimizer.state_dict()},
-    )
+def _peak(config: LearnConfig) -> float:
+    return config.base_lr * config.batch_size / 256

@@ -15,11 +15,15 @@ class StreamRun(RunConfig):
     """Folder on a local disk: shards are copied there, with checksums, ahead of use (needed for s3:// and gs://)."""
     cache_gb: float = 50.0
     """Most that the copies may take."""
+    micro_batch: int | None = None
+    """Images that a rank takes through the model at once; gradients add up over its batch. Default: its whole batch."""
 
     def __post_init__(self):
         super(StreamRun, self).__post_init__()
         if self.cache_gb <= 0:
             raise ValueError(f"cache_gb must be above 0, got {self.cache_gb}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

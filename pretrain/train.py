@@ -1,13 +1,13 @@
 """The verb `pretrain`: one process, torchrun's ranks or Ray Train's workers, from the same function."""
 
 import math
-import time
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
@@ -17,14 +17,15 @@ from pretrain.masking.patches import kept_count
 from pretrain.masking.semmae import alpha_at
 from shards.shard_set import ShardSet
 from shards.stream import Stream
-from training import checkpoint, distributed
+from training import distributed
+from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.device import autocast, pick_device, plain_attention_on_cpu
-from training.metrics import Metrics
-from training.progress import Progress
-from training.run_folder import RunFolder
+from training.loop import train
+from training.parallel import gradients_stay_here, on_ranks
+from training.run_folder import opened
 from training.schedule import learning_rate
+from training.task import Task
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOG_EVERY = 10
 
 
@@ -37,22 +38,17 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
     Raises:
         ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
         ShardError: The shard set is unfinished or damaged.
-        FloatingPointError: The loss or a weight is no longer finite; the checkpoints before it are left whole.
+        FloatingPointError: See `training.loop.train`.
     """
-    joined = distributed.join(config.run.device)
-    try:
-        with RunFolder.open(config) as run:
-            distributed.barrier()
-            if run.finished:
-                return run.report()
-            cache_bytes = int(config.run.cache_gb * 1e9)
-            with ShardSet.open(
-                config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes
-            ) as shards:
-                return _train(config, run, shards, stop_after_steps)
-    finally:
-        if joined:
-            distributed.leave()
+    with opened(config) as run:
+        if run.finished:
+            return run.report()
+        cache_bytes = int(config.run.cache_gb * 1e9)
+        with ShardSet.open(
+            config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes
+        ) as shards:
+            task = Pretraining(config, shards)
+            return train(task, run, config.run, total=task.total, stop_after_steps=stop_after_steps)
 
 
 def build(config: PretrainConfig, size: int) -> MAE:
@@ -72,92 +68,109 @@ def build(config: PretrainConfig, size: int) -> MAE:
         )
 
 
-def _train(config: PretrainConfig, run: RunFolder, shards: ShardSet, stop_after_steps: int | None) -> dict[str, Any]:
-    _refuse_what_does_not_fit(config, shards)
-    device = pick_device(config.run.device)
-    if device.type == "cuda":
-        torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
-    model = build(config, shards.size).to(device)
-    plain_attention_on_cpu(model, device)
-    optimizer = new_optimizer(model, config)
-    total = math.ceil(config.epochs * len(shards) / config.batch_size)
-    stream = Stream(
-        shards,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        window=config.window,
-        flip=config.flip,
-        crop_scale=config.crop_scale,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        threads=config.run.threads,
-        substitutes=config.substitutes,
-    )
-    step = _resume(run, model, optimizer, stream)
-    wrapped: nn.Module = model
-    if distributed.world_size() > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    batches = iter(stream)
-    metrics = Metrics(run.path, step=step)
-    progress = Progress(total, f"pretrain {config.masking}", "steps", done=step)
-    clock = checkpoint.Clock(config.run.checkpoint_minutes)
-    end = total if stop_after_steps is None else min(total, stop_after_steps)
-    began, first = time.monotonic(), step
-    figures: dict[str, float] = {}
-    try:
-        while step < end:
-            alpha = alpha_at(step / total, config.gamma)
-            rate = learning_rate(
-                step,
-                peak=config.base_lr * config.batch_size / 256,
-                warmup_steps=round(config.warmup_epochs * len(shards) / config.batch_size),
-                total_steps=total,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            masked = mask_batch(next(batches), config, side=model.side, groups=shards.groups, alpha=alpha)
-            loss = train_step(wrapped, optimizer, masked, config, device)
-            if step % LOG_EVERY == 0 or step == total - 1:
-                figures = {"loss": distributed.mean_over_ranks(loss).item(), "lr": rate, "alpha": alpha}
-                if not math.isfinite(figures["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {figures['loss']} at step {step}; start again with a lower --base-lr, "
-                        "or with --precision fp32"
-                    )
-                figures["purity"] = purity(masked.mask, masked.labels, shards.groups).item()
-                speed = (step - first + 1) * config.batch_size / (time.monotonic() - began)
-                gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients).item()
-                metrics.log(step, **figures, grad_norm=norm, images_per_second=speed)
-            step += 1
-            progress.advance(**figures)
-            if clock.due() and step < end:
-                _save(run, step, model, optimizer, config, stream)
-        _save(run, step, model, optimizer, config, stream)
-    finally:
-        batches.close()
-        progress.close()
-        metrics.close()
-    report = {
-        "steps": step,
-        "samples": step * config.batch_size,
-        "data_fingerprint": shards.identity,
-        **figures,
-    }
-    if step == total:
-        run.finish(report)
-    distributed.barrier()
-    return report
+class Pretraining(Task):
+    """A masked autoencoder, the stream that feeds it, and the masks between them."""
+
+    log_every = LOG_EVERY
+    shown = ("loss", "lr", "alpha", "purity")
+
+    def __init__(self, config: PretrainConfig, shards: ShardSet):
+        _refuse_what_does_not_fit(config, shards)
+        self.config, self.shards = config, shards
+        self.name, self.batch_size = f"pretrain {config.masking}", config.batch_size
+        self.total = math.ceil(config.epochs * len(shards) / config.batch_size)
+        self.device = pick_device(config.run.device)
+        if self.device.type == "cuda":
+            torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
+        self.model = build(config, shards.size).to(self.device)
+        plain_attention_on_cpu(self.model, self.device)
+        self.wrapped = on_ranks(self.model, self.device)
+        self.optimizer = new_optimizer(self.model, config)
+        self.stream = Stream(
+            shards,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            window=config.window,
+            flip=config.flip,
+            crop_scale=config.crop_scale,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            threads=config.run.threads,
+            substitutes=config.substitutes,
+        )
+
+    def rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            peak=config.base_lr * config.batch_size / 256,
+            warmup_steps=round(config.warmup_epochs * len(self.shards) / config.batch_size),
+            total_steps=self.total,
+        )
+
+    def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
+        """MAE's loss is a mean over images, each with as many masked patches: a micro-batch weighs as its images do."""
+        side, groups, progress = self.model.side, self.shards.groups, step / self.total
+        self.masked = mask_batch(next(self.batches), self.config, side=side, groups=groups, progress=progress)
+        pieces = self.masked.pieces(self.config.run.micro_batch)
+        for number, piece in enumerate(pieces, start=1):
+            with gradients_stay_here(self.wrapped, where=number < len(pieces)):
+                loss = masked_loss(self.wrapped, piece, self.config, self.device)
+                yield loss * (len(piece.images) / len(self.masked.images))
+
+    def figures(self, step: int) -> dict[str, float]:
+        masked = self.masked
+        return {
+            "alpha": alpha_at(step / self.total, self.config.gamma),
+            "purity": purity(masked.mask, masked.labels, self.shards.groups).item(),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def metadata(self) -> dict[str, Any]:
+        config = self.config
+        vit = {
+            "img_size": self.shards.size,
+            "patch_size": config.patch,
+            "embed_dim": config.embed_dim,
+            "depth": config.depth,
+            "num_heads": config.heads,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "source": "pretrain",
+        }
+        mae = {
+            "decoder_dim": config.decoder_dim,
+            "decoder_depth": config.decoder_depth,
+            "decoder_heads": config.decoder_heads,
+            "norm_pix_loss": config.norm_pix_loss,
+            "masking": config.masking,
+            "mask_ratio": config.mask_ratio,
+            "keep_share": config.keep_share,
+            "gamma": config.gamma,
+        }
+        return {"vit": vit, "mae": mae, "data_fingerprint": self.shards.identity}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"stream": self.stream.state(step * self.batch_size)}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.model.load_state_dict(tensors)
+        self.stream.resume(state["stream"])
+
+    def open(self, step: int) -> None:
+        self.batches = iter(self.stream)
+
+    def close(self) -> None:
+        self.batches.close()
+
+    def report(self, step: int) -> dict[str, Any]:
+        return {"samples": step * self.batch_size, "data_fingerprint": self.shards.identity}
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    masked: Masked,
-    config: PretrainConfig,
-    device: torch.device,
-) -> torch.Tensor:
-    """One update; returns the loss of this rank's images. The gradients stay until the next step.
+def masked_loss(model: nn.Module, masked: Masked, config: PretrainConfig, device: torch.device) -> Float[Tensor, ""]:
+    """The loss of these images, in the run's precision.
 
     Args:
         model: An `MAE`, or what wraps one (DistributedDataParallel, torch.compile).
@@ -166,17 +179,13 @@ def train_step(
     mean, std = _mean_and_std(device)
     images = (masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
-        loss = model(images, masked.ids_visible.to(device), masked.ids_masked.to(device))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+        return model(images, masked.ids_visible.to(device), masked.ids_masked.to(device))
 
 
 @cache
 def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """On the device, once: to bring them there in every step would let the host wait for it."""
-    mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
 
 
@@ -201,8 +210,6 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
             f"--mask-ratio {config.mask_ratio} masks {masked} of the {kept} patches kept of an image, expected at "
             "least one masked and one visible; change it, or choose a smaller --patch or a larger --keep-share"
         )
-    if config.batch_size % distributed.world_size():
-        raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {distributed.world_size()} ranks")
 
 
 def new_optimizer(model: MAE, config: PretrainConfig) -> torch.optim.AdamW:
@@ -214,63 +221,3 @@ def new_optimizer(model: MAE, config: PretrainConfig) -> torch.optim.AdamW:
         {"params": [weight for name, weight in trained if name in plain], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-
-
-def _save(
-    run: RunFolder,
-    step: int,
-    model: MAE,
-    optimizer: torch.optim.Optimizer,
-    config: PretrainConfig,
-    stream: Stream,
-) -> None:
-    """Write a checkpoint, on the main rank; refused on every rank when a weight is not finite.
-
-    A loss can still be finite on the step that spoils the weights, and the newest checkpoint is where a run resumes.
-    """
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
-        raise FloatingPointError(
-            f"weights are no longer finite after step {step - 1}; resume from the last checkpoint with "
-            "--precision fp32, or start again with a lower --base-lr"
-        )
-    if not distributed.is_main():
-        return
-    vit = {
-        "img_size": stream.shards.size,
-        "patch_size": config.patch,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "mean": list(MEAN),
-        "std": list(STD),
-        "source": "pretrain",
-    }
-    mae = {
-        "decoder_dim": config.decoder_dim,
-        "decoder_depth": config.decoder_depth,
-        "decoder_heads": config.decoder_heads,
-        "norm_pix_loss": config.norm_pix_loss,
-        "masking": config.masking,
-        "mask_ratio": config.mask_ratio,
-        "keep_share": config.keep_share,
-        "gamma": config.gamma,
-    }
-    checkpoint.save(
-        run.path,
-        step,
-        model.state_dict(),
-        metadata={"vit": vit, "mae": mae, "data_fingerprint": stream.shards.identity},
-        state={"optimizer": optimizer.state_dict(), "stream": stream.state(step * config.batch_size)},
-    )
-
-
-def _resume(run: RunFolder, model: MAE, optimizer: torch.optim.Optimizer, stream: Stream) -> int:
-    """Continue from the newest checkpoint, the stream where it was; returns the steps done."""
-    newest = checkpoint.newest(run.path)
-    if newest is None:
-        return 0
-    model.load_state_dict(checkpoint.load_tensors(newest / "model.safetensors")[0])
-    state = checkpoint.load_state(newest)
-    optimizer.load_state_dict(state["optimizer"])
-    stream.resume(state["stream"])
-    return state["step"]

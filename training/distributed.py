@@ -74,3 +74,13 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def on_any_rank(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank: what all ranks must do together."""
+    if world_size() == 1:
+        return flags
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    told = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in told.tolist())

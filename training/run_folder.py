@@ -5,6 +5,8 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,30 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) -> Iterator[RunFolder]:
+    """The run folder of `config` on each of its ranks; both are left on every way out.
+
+    Args:
+        check: Refuses, by raising, numbers of ranks that the config does not go with.
+
+    Raises:
+        ValueError: The ranks cannot share a batch; nothing was written. And see `RunFolder.open`.
+    """
+    joined = distributed.join(config.run.device)
+    try:
+        ranks = distributed.world_size()
+        if config.batch_size % ranks:
+            raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
+        check(ranks)
+        with RunFolder.open(config) as run:
+            distributed.barrier()
+            yield run
+    finally:
+        if joined:
+            distributed.leave()
 
 
 def _untouched(path: Path) -> bool:

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from benchmarks.on_gpu.case import Bench
 from benchmarks.on_gpu.drawn import Drawn, drawn
 from benchmarks.prepared import some_images
-from encoders.distill import train as distillation
 from encoders.distill.config import EncoderConfig
-from encoders.distill.train import new_objective
+from encoders.distill.train import Distillation, new_objective
+from encoders.distill.train import new_optimizer as encoder_optimizer
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.crops import TokenCrop, TokenCrops
 from partlearn.initialise import start
 from partlearn.learner import PartLearner
-from partlearn.train import new_learner
+from partlearn.train import PartLearning, new_learner, parts_loss
 from partlearn.train import new_optimizer as learn_optimizer
-from partlearn.train import train_step as learn_step
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import build, new_optimizer, train_step
+from pretrain.train import build, masked_loss, new_optimizer
 from shards.batches import Batch, in_order
 from shards.shard_set import ShardSet
 from training.config import RunConfig
+from training.update import update
 
 CPU = torch.device("cpu")
 SIZE, IMAGES = 224, 512
@@ -71,17 +71,18 @@ def pretrain_config(bench: Bench, out: Path, precision: Any = "auto", **changes:
     return PretrainConfig(data=str(drawings(bench).shards), run=run, **(sizes | settings | changes))
 
 
-def masked_batch(bench: Bench, config: PretrainConfig, device: torch.device, alpha: float = 0.5) -> Masked:
+def masked_batch(bench: Bench, config: PretrainConfig, device: torch.device, progress: float = 0.5) -> Masked:
     with ShardSet.open(config.data) as shards:
         groups = shards.groups
     batch, side = first_batch(bench, config.batch_size), SIZE // config.patch
-    return mask_batch(batch, config, side=side, groups=groups, alpha=alpha, device=device)
+    return mask_batch(batch, config, side=side, groups=groups, progress=progress, device=device)
 
 
 def pretrain_step(bench: Bench, device: torch.device, precision: str) -> Stepped:
     config = pretrain_config(bench, bench.out, precision)
     model = build(config, SIZE).to(device)
-    loss = train_step(model, new_optimizer(model, config), masked_batch(bench, config, CPU), config, device)
+    masked = masked_batch(bench, config, CPU)
+    loss, _ = update(new_optimizer(model, config), [masked_loss(model, masked, config, device)])
     return loss.item(), gradients(model.parameters())
 
 
@@ -107,7 +108,8 @@ def learn_parts_step(bench: Bench, device: torch.device, precision: str, *, pape
     learner.attention.prototypes.requires_grad_(not paper)
     learner.to(device)
     pixels = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
-    loss = learn_step(learner, learn_optimizer(learner, config), config, encoder, TokenCrop(pixels, encoder(pixels)))[0]
+    losses = [parts_loss(learner, config, encoder, TokenCrop(pixels, encoder(pixels)))[0]]
+    loss, _ = update(learn_optimizer(learner, config), losses, largest_norm=PartLearning.largest_norm)
     return loss.item(), gradients(learner.parameters())
 
 
@@ -143,9 +145,10 @@ def encoder_step(bench: Bench, device: torch.device, precision: str, *, teacher:
     config = encoder_config(bench, bench.out, teacher=teacher, precision=precision)
     objective = new_objective(config, device)
     images = torch.from_numpy(first_batch(bench, config.batch_size).images).to(device)
-    optimizer = distillation.new_optimizer(objective, config)
-    shown = distillation.train_step(objective, optimizer, images, config, step=0, total=10)
-    return shown["loss_class"] + shown["loss_patch"], gradients(objective.parameters())
+    optimizer = encoder_optimizer(objective, config)
+    told = objective.losses(images, step=0)
+    loss, _ = update(optimizer, [told.of_class + told.of_patch], largest_norm=Distillation.largest_norm)
+    return loss.item(), gradients(objective.parameters())
 
 
 def gradients(weights: Iterable[nn.Parameter]) -> Tensor:

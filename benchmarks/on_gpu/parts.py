@@ -26,10 +26,11 @@ from partlearn.config import LearnConfig
 from partlearn.crops import TokenCrops
 from partlearn.initialise import start
 from partlearn.labelling.learned import Labeller
-from partlearn.train import learn, new_learner, new_optimizer, train_step
+from partlearn.train import PartLearning, learn, new_learner, new_optimizer, parts_loss
 from shards.atomic import read_json
 from shards.images import list_images
 from training.config import RunConfig
+from training.update import update
 
 BARS: Bars = {}
 METHODS: dict[str, dict[str, Any]] = {
@@ -138,7 +139,11 @@ def _steps_that_fit(bench: Bench, config: LearnConfig, share: float, scoring: fl
         next(batches)
         encoding = (time.perf_counter() - began) / views.count  # k-means and first-time costs with it
         taken = seconds_of(
-            lambda: train_step(learner, optimizer, config, encoder, next(batches)),
+            lambda: update(
+                optimizer,
+                [parts_loss(learner, config, encoder, next(batches))[0]],
+                largest_norm=PartLearning.largest_norm,
+            ),
             device=bench.device,
             seconds=bench.measuring(1.0),
         )

@@ -20,19 +20,20 @@ from benchmarks.rounds import Row, exact
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import build, new_optimizer, train_step
+from pretrain.train import build, masked_loss, new_optimizer
 from shards.batches import Batch
 from shards.decode import simplejpeg
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training.device import plain_attention_on_cpu
+from training.update import update
 
 BATCHES = (256, 512, 1024, 2048)
 MOST_TELLING = 1024
 """The batch at which compiled code is looked at first: large enough to fill the card, and it fits 80 GB."""
 PRODUCT = 8192
 """Rows and columns of the product that says what the card can do."""
-ALPHA = 0.5
+PROGRESS = 0.5
 HEAVIEST = 10
 BARS: Bars = {"of_nominal": (">=", 0.36), "lost_to_feeding": ("<=", 0.05)}
 """Shares of the card's nominal rate (35.8 % is the highest published one we know: stable-pretraining, two views
@@ -104,10 +105,10 @@ class Bed:
     batches: Generator[Batch, None, None]
 
     def masked(self, batch: Batch) -> Masked:
-        return mask_batch(batch, self.config, side=self.model.side, groups=self.shards.groups, alpha=ALPHA)
+        return mask_batch(batch, self.config, side=self.model.side, groups=self.shards.groups, progress=PROGRESS)
 
     def step(self, masked: Masked) -> torch.Tensor:
-        return train_step(self.stepped, self.optimizer, masked, self.config, self.device)
+        return update(self.optimizer, [masked_loss(self.stepped, masked, self.config, self.device)])[0]
 
     def ready(self) -> Masked:
         """A masked batch that is on the device already."""
@@ -216,7 +217,7 @@ def _masks(bench: Bench, batch: int) -> Iterator[Row]:
         with bed(bench, model, batch) as on:
             one, side, groups = next(on.batches), on.model.side, on.shards.groups
             for where, device in (("host", torch.device("cpu")), ("device", on.device)):
-                mask = partial(mask_batch, one, on.config, side=side, groups=groups, alpha=ALPHA, device=device)
+                mask = partial(mask_batch, one, on.config, side=side, groups=groups, progress=PROGRESS, device=device)
                 taken = seconds_of(mask, device=bench.device, seconds=bench.measuring(0.4))
                 each = [1e6 * seconds / batch for seconds in taken]
                 yield quartiles(f"patch_{on.config.patch}_on_{where}", "us/image", each)

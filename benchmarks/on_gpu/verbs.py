@@ -27,9 +27,10 @@ from partlearn.config import ExtractConfig
 from partlearn.labelling.learned import Labeller
 from partlearn.labelling.shard import build_shard
 from partlearn.train import learn
-from pretrain.train import build, new_optimizer, pretrain, train_step
+from pretrain.train import build, masked_loss, new_optimizer, pretrain
 from training import checkpoint
 from training.config import RunConfig
+from training.update import update
 
 BARS: Bars = {
     "loss_error_fp32": ("<=", 1e-4),
@@ -136,7 +137,8 @@ def _one_rank(bench: Bench) -> Iterator[Row]:
             stepped: torch.nn.Module = model
             if wrapped:
                 stepped = DistributedDataParallel(model, device_ids=[0] if bench.device == "cuda" else None)
-            losses.append(train_step(stepped, new_optimizer(model, config), masked, config, device).item())
+            optimizer = new_optimizer(model, config)
+            losses.append(update(optimizer, [masked_loss(stepped, masked, config, device)])[0].item())
             gradients.append(against_cpu.gradients(model.parameters()))
         dist.barrier()
     finally:

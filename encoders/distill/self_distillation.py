@@ -33,9 +33,11 @@ class StudentTeacher(Objective):
         self.patch_centre: Tensor
         self.register_buffer("class_centre", torch.zeros(config.prototypes))
         self.register_buffer("patch_centre", torch.zeros(config.prototypes))
+        self.moved: list[tuple[Tensor, Tensor]] = []
+        """Each centre and where the last step's logits would take it."""
 
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
-        """Class loss and patch loss of one step's crops; moves the centres, after they were used."""
+        """Class loss and patch loss of one step's crops."""
         crops = sample_crops(
             images, self.config, step=step, rank=distributed.rank(), world_size=distributed.world_size()
         )
@@ -51,17 +53,20 @@ class StudentTeacher(Objective):
             class_guesses = self.student_head(torch.cat(classes)).unflatten(0, (-1, len(images)))
             patch_guesses = self.student_head(masked) if len(masked) else None
         class_targets = targets(class_logits, self.class_centre)
-        self.class_centre.copy_(moved_centre(self.class_centre, class_logits))
+        self.moved = [(self.class_centre, moved_centre(self.class_centre, class_logits))]
         of_class = class_loss(class_guesses, class_targets.unflatten(0, (GLOBAL_CROPS, len(images))))
         if patch_guesses is None:
             return Losses(of_class, of_class.new_zeros(()), spread(class_targets))
         of_patch = patch_loss(patch_guesses, targets(patch_logits, self.patch_centre))
-        self.patch_centre.copy_(moved_centre(self.patch_centre, patch_logits))
+        self.moved.append((self.patch_centre, moved_centre(self.patch_centre, patch_logits)))
         return Losses(of_class, of_patch, spread(class_targets))
 
     @torch.no_grad()
     def follow(self, progress: float) -> None:
-        """teacher ← m teacher + (1 - m) student, for backbone and head; m rises to 1 along a cosine."""
+        """teacher ← m teacher + (1 - m) student, for backbone and head; m rises to 1 along a cosine. The centres move
+        to where this step's logits took them."""
+        for centre, moved in self.moved:
+            centre.copy_(moved)
         momentum = cosine(self.config.teacher_momentum, 1.0, progress)
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
             for old, new in zip(teacher.parameters(), student.parameters(), strict=True):

@@ -4,15 +4,14 @@ python -m pipeline encoder --images DIR --out runs/encoder
 torchrun --nproc-per-node 8 -m -- pipeline encoder --images DIR --out runs/encoder
 """
 
-import math
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from encoders.distill.config import EncoderConfig
 from encoders.distill.from_teacher import FromTeacher
@@ -24,14 +23,13 @@ from encoders.frozen import CPU
 from encoders.load import load_encoder
 from shards.image_batches import ImageBatches
 from shards.images import ImageList, list_images
-from training import checkpoint, distributed
+from training import distributed
 from training.device import pick_device, plain_attention_on_cpu
-from training.metrics import Metrics, last_figures
-from training.progress import Progress
-from training.run_folder import RunFolder
+from training.loop import train
+from training.metrics import last_figures
+from training.run_folder import opened
 from training.schedule import learning_rate
-
-GRADIENT_NORM = 3.0
+from training.task import Task
 
 COLLAPSED = 0.02
 
@@ -47,22 +45,13 @@ def distill(config: EncoderConfig, *, stop_after_steps: int | None = None) -> di
 
     Raises:
         ValueError: The images make no batch, the ranks cannot share one, or --teacher or --knn do not fit.
-        FloatingPointError: The loss is no longer finite; the checkpoints before it are left whole.
+        FloatingPointError: See `training.loop.train`.
     """
-    joined = distributed.join(config.run.device)
-    try:
-        ranks = distributed.world_size()
-        if config.batch_size % ranks:
-            raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
-        images = list_images(config.images)
-        with RunFolder.open(config) as run:
-            distributed.barrier()
-            if run.finished:
-                return run.report()
-            return _train(config, run, images, stop_after_steps)
-    finally:
-        if joined:
-            distributed.leave()
+    with opened(config) as run:
+        if run.finished:
+            return run.report()
+        task = Distillation(config, list_images(config.images), run.path)
+        return train(task, run, config.run, total=task.total, stop_after_steps=stop_after_steps)
 
 
 def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objective:
@@ -77,101 +66,125 @@ def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objectiv
     return objective.to(device)
 
 
-def _train(config: EncoderConfig, run: RunFolder, listed: ImageList, stop_after_steps: int | None) -> dict[str, Any]:
-    count = len(listed.images)
-    total = config.epochs * count // config.batch_size
-    if config.epochs and not total:
-        raise ValueError(
-            f"{config.epochs} epochs of {count} images make no batch of {config.batch_size}; "
-            "lower --batch-size or raise --epochs"
+class Distillation(Task):
+    """A small ViT and what it learns from."""
+
+    name = "encoder"
+    largest_norm = 3.0
+    shown = ("loss", "knn")
+
+    def __init__(self, config: EncoderConfig, images: ImageList, run: Path):
+        self.config, self.images, self.run = config, images, run
+        self.batch_size, count = config.batch_size, len(images.images)
+        self.total = config.epochs * count // config.batch_size
+        if config.epochs and not self.total:
+            raise ValueError(
+                f"{config.epochs} epochs of {count} images make no batch of {config.batch_size}; "
+                "lower --batch-size or raise --epochs"
+            )
+        self.device = pick_device(config.run.device)
+        self.objective = new_objective(config, self.device)
+        plain_attention_on_cpu(self.objective, self.device)
+        self.optimizer = new_optimizer(self.objective, config)
+        self.warned = False
+        self.monitor = None
+        if config.knn is not None and distributed.is_main():
+            self.monitor = Monitor(config.knn, size=config.size, threads=config.run.threads)
+
+    def rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.config.base_lr * self.batch_size / 256,
+            warmup_steps=round(self.config.warmup_epochs * self.total / self.config.epochs),
+            total_steps=self.total,
+            final=1e-6,
         )
-    device = pick_device(config.run.device)
-    objective = new_objective(config, device)
-    plain_attention_on_cpu(objective, device)
-    optimizer = new_optimizer(objective, config)
-    monitor = None
-    if config.knn is not None and distributed.is_main():
-        monitor = Monitor(config.knn, size=config.size, threads=config.run.threads)
-    step = resume(run.path, objective, optimizer)
-    last = min(total, total if stop_after_steps is None else stop_after_steps)
-    metrics, progress = Metrics(run.path, step=step), Progress(total, "encoder", "steps", done=step)
-    batches = ImageBatches(
-        listed,
-        size=objective.image_size,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        step=step,
-        threads=config.run.threads,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    clock, began = checkpoint.Clock(config.run.checkpoint_minutes), time.monotonic()
-    first, shown, measured = step, last_figures(run.path, step=step), {}
-    shown.pop("images_per_second", None)
-    warned = _warn_of_collapse(config, shown, step=step, total=total)
-    try:
-        for images, _ in batches if step < last else ():
-            shown = train_step(objective, optimizer, images.to(device), config, step=step, total=total)
-            step += 1
-            if monitor and (step == total or _ends_period(step, config, count)):
-                measured = {"knn": monitor(objective.encoder, config.run.precision, objective.mean, objective.std)}
-                shown |= measured
-            if step == last:
-                shown["unreadable"] = _unreadable(batches, count, device)
-            speed = (step - first) * config.batch_size / (time.monotonic() - began)
-            metrics.log(step - 1, **shown, images_per_second=speed)
-            progress.advance(loss=shown["loss_class"] + shown["loss_patch"], **measured)
-            warned = warned or _warn_of_collapse(config, shown, step=step, total=total)
-            if not all(math.isfinite(value) for value in shown.values()):
-                raise FloatingPointError(f"the loss is not finite at step {step}; start again with a lower --base-lr")
-            if step >= last:
-                break
-            if clock.due():
-                save(run.path, step, objective, optimizer, config)
-        save(run.path, step, objective, optimizer, config)
-    finally:
-        batches.close()
-        progress.close()
-        metrics.close()
-    report = {
-        "verb": "encoder",
-        "steps": step,
-        "images": count,
-        "unreadable": int(shown.pop("unreadable", 0)),
-        "images_digest": listed.digest,
-        "seconds": round(time.monotonic() - began, 1),
-        **shown,
-    }
-    if step == total:
-        run.finish(report)
-    distributed.barrier()
-    return report
 
+    def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
+        """One micro-batch: the head's batch norm is over the whole batch."""
+        images, _ = next(self.steps)
+        self.told = self.objective.losses(images.to(self.device), step=step)
+        yield self.told.of_class + self.told.of_patch
+        # No DDP: its reductions would meet those of the head's batch norm.
+        distributed.average_gradients(weight for group in self.optimizer.param_groups for weight in group["params"])
 
-def _ends_period(step: int, config: EncoderConfig, images: int) -> bool:
-    """Whether step number `step` (from 1) completes another `knn_epochs`."""
-    period = config.knn_epochs * images
-    return step * config.batch_size // period > (step - 1) * config.batch_size // period
+    def accept(self, step: int) -> None:
+        self.objective.follow(step / self.total)
 
+    def figures(self, step: int) -> dict[str, float]:
+        told = torch.stack([self.told.of_class, self.told.of_patch])
+        of_class, of_patch = distributed.mean_over_ranks(told).tolist()
+        figures = {"loss_class": of_class, "loss_patch": of_patch, **self.told.shown}
+        if self.monitor and (step == self.total - 1 or self._ends_period(step)):
+            encoder, precision = self.objective.encoder, self.config.run.precision
+            figures["knn"] = self.monitor(encoder, precision, self.objective.mean, self.objective.std)
+        if step == self.total - 1:
+            figures["unreadable"] = self._unreadable()
+        self._warn_of_collapse(figures, step)
+        return figures
 
-def _warn_of_collapse(config: EncoderConfig, shown: dict[str, float], *, step: int, total: int) -> bool:
-    """Whether there was reason to."""
-    collapsed = step > total / 4 and shown.get("told_apart", 1.0) < COLLAPSED
-    if collapsed and distributed.is_main():
-        remedy = "" if config.teacher else " or a higher --teacher-momentum"
-        print(
-            f"the encoder says the same of every image at step {step} (collapse); "
-            f"start again with a lower --base-lr{remedy}",
-            file=sys.stderr,
+    def tensors(self) -> dict[str, Tensor]:
+        return self.objective.encoder.state_dict()
+
+    def metadata(self) -> dict[str, Any]:
+        vit = {
+            **vit_description(self.objective.encoder, self.config.size),
+            "mean": list(self.objective.mean),
+            "std": list(self.objective.std),
+            "source": "encoder",
+        }
+        return {"vit": vit}
+
+    def state(self, step: int) -> dict[str, Any]:
+        inside = f"{self.objective.saved}."
+        return {"rest": {name: one for name, one in self.objective.state_dict().items() if not name.startswith(inside)}}
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        encoder = {f"{self.objective.saved}.{name}": tensor for name, tensor in tensors.items()}
+        self.objective.load_state_dict(state["rest"] | encoder)
+
+    def open(self, step: int) -> None:
+        self._warn_of_collapse(last_figures(self.run, step=step), step - 1)
+        self.batches = ImageBatches(
+            self.images,
+            size=self.objective.image_size,
+            batch_size=self.batch_size,
+            seed=self.config.seed,
+            step=step,
+            threads=self.config.run.threads,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
-    return collapsed
+        self.steps = iter(self.batches)
 
+    def close(self) -> None:
+        self.batches.close()
 
-def _unreadable(batches: ImageBatches, count: int, device: torch.device) -> int:
-    """Images that any rank found unreadable."""
-    found = torch.zeros(count, device=device)
-    found[list(batches.unreadable)] = 1
-    return int((distributed.mean_over_ranks(found) > 0).sum())
+    def report(self, step: int) -> dict[str, Any]:
+        return {"verb": "encoder", "images": len(self.images.images), "images_digest": self.images.digest}
+
+    def _ends_period(self, step: int) -> bool:
+        """Whether this step, from 0, completes another `knn_epochs`."""
+        period = self.config.knn_epochs * len(self.images.images)
+        return (step + 1) * self.batch_size // period > step * self.batch_size // period
+
+    def _unreadable(self) -> int:
+        """Images that any rank found unreadable."""
+        found = torch.zeros(len(self.images.images), device=self.device)
+        found[list(self.batches.unreadable)] = 1
+        return int((distributed.mean_over_ranks(found) > 0).sum())
+
+    def _warn_of_collapse(self, figures: dict[str, float], step: int) -> None:
+        """Once a process."""
+        collapsed = step + 1 > self.total / 4 and figures.get("told_apart", 1.0) < COLLAPSED
+        if collapsed and not self.warned and distributed.is_main():
+            remedy = "" if self.config.teacher else " or a higher --teacher-momentum"
+            print(
+                f"the encoder says the same of every image at step {step + 1} (collapse); "
+                f"start again with a lower --base-lr{remedy}",
+                file=sys.stderr,
+            )
+        self.warned |= collapsed
 
 
 def new_optimizer(objective: Objective, config: EncoderConfig) -> torch.optim.AdamW:
@@ -182,69 +195,3 @@ def new_optimizer(objective: Objective, config: EncoderConfig) -> torch.optim.Ad
     decayed = [weight for _, weight in trained if id(weight) not in kept]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0)
-
-
-def train_step(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    images: UInt8[Tensor, "batch height width 3"],
-    config: EncoderConfig,
-    *,
-    step: int,
-    total: int,
-) -> dict[str, float]:
-    """One update from this rank's block of the batch; returns what the log shows, of the whole batch."""
-    per_epoch = total / config.epochs
-    rate = learning_rate(
-        step,
-        peak=config.base_lr * config.batch_size / 256,
-        warmup_steps=round(config.warmup_epochs * per_epoch),
-        total_steps=total,
-        final=1e-6,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    losses = objective.losses(images, step=step)
-    optimizer.zero_grad()
-    (losses.of_class + losses.of_patch).backward()
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    distributed.average_gradients(trained)  # no DDP: its reductions would meet those of the head's batch norm
-    norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-    optimizer.step()
-    objective.follow(step / total)
-    of_class, of_patch = distributed.mean_over_ranks(torch.stack([losses.of_class, losses.of_patch])).tolist()
-    shown = {"loss_class": of_class, "loss_patch": of_patch, **losses.shown}
-    return shown | {"lr": rate, "gradient_norm": norm.item()}
-
-
-def save(run: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer, config: EncoderConfig) -> None:
-    """Write a checkpoint, on the main rank."""
-    if not distributed.is_main():
-        return
-    vit = {
-        **vit_description(objective.encoder, config.size),
-        "mean": list(objective.mean),
-        "std": list(objective.std),
-        "source": "encoder",
-    }
-    inside = f"{objective.saved}."
-    rest = {name: value for name, value in objective.state_dict().items() if not name.startswith(inside)}
-    checkpoint.save(
-        run,
-        step,
-        objective.encoder.state_dict(),
-        metadata={"vit": vit},
-        state={"rest": rest, "optimizer": optimizer.state_dict()},
-    )
-
-
-def resume(run: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
-    """Continue from the run's newest checkpoint; returns the steps done."""
-    newest = checkpoint.newest(run)
-    if newest is None:
-        return 0
-    encoder, _ = checkpoint.load_tensors(newest / "model.safetensors")
-    state = checkpoint.load_state(newest)
-    objective.load_state_dict(state["rest"] | {f"{objective.saved}.{name}": each for name, each in encoder.items()})
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

@@ -9,11 +9,12 @@ import torch
 from evaluate.parts.stored import parts_of_set
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import MEAN, STD, build
+from pretrain.train import build
 from shards.atomic import read_json, write_whole
 from shards.batches import Batch, in_order
 from shards.order import permutation
 from shards.shard_set import ShardSet
+from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.checkpoint import find, load_tensors
 from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
 
@@ -27,11 +28,11 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     model = build(config, shards.size).eval()
     model.load_state_dict(load_tensors(find(run))[0])
     masks = [
-        mask_batch(batch, config, side=model.side, groups=shards.groups, alpha=progress**config.gamma)
+        mask_batch(batch, config, side=model.side, groups=shards.groups, progress=progress)
         for progress in (0.0, 0.5, 1.0)
     ]
     images = batch.images.astype(np.float32)
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
     def rebuilt(masked: Masked) -> np.ndarray:

@@ -10,6 +10,11 @@ def masked_count(patches: int, mask_ratio: float) -> int:
     return patches - int(patches * (1 - mask_ratio))
 
 
+def lowest(scores: Float[Tensor, "batch patches"], count: int) -> Bool[Tensor, "batch patches"]:
+    """The `count` patches of each row with the lowest scores, of equals the first; True = masked."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1) < count
+
+
 def purity(
     mask: Bool[Tensor, "batch patches"], labels: Int64[Tensor, "batch patches"], groups: int
 ) -> Float[Tensor, ""]:

@@ -1,14 +1,11 @@
-"""Which patches are masked: functions of labels and noise, with the same count in every row.
-
-Randomness enters as numbers. Keyed by (seed, epoch, image), they give an image the same mask on any number of
-ranks, in any order and after any resume.
-"""
+"""SemMAE's masking (arXiv:2206.10207, Algorithm 1): from inside parts to whole parts."""
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pretrain.masking.budget import masked_count
+from pretrain.masking.inputs import Inputs
+from shards.rng import PART_ORDER
 
 
 def alpha_at(progress: float, gamma: float) -> float:
@@ -19,20 +16,28 @@ def alpha_at(progress: float, gamma: float) -> float:
     return min(1.0, max(0.0, progress)) ** gamma
 
 
-def semantic_masking(
+def scores(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
+    """From three quarters of every part to three quarters of the parts, as `progress` goes from 0 to 1."""
+    part_order = inputs.uniform(PART_ORDER, inputs.groups)
+    alpha = alpha_at(progress, inputs.gamma)
+    return semantic_scores(inputs.labels, inputs.noise, part_order, masked=inputs.masked, alpha=alpha)
+
+
+def semantic_scores(
     labels: Int64[Tensor, "batch patches"],
     noise: Float[Tensor, "batch patches"],
     part_order: Float[Tensor, "batch groups"],
     *,
-    mask_ratio: float,
+    masked: int,
     alpha: float,
-) -> Bool[Tensor, "batch patches"]:
-    """SemMAE's masking (arXiv:2206.10207, Algorithm 1): M patches masked, shared out over the parts, and inside a
-    part those of least noise; True = masked.
+) -> Float[Tensor, "batch patches"]:
+    """SemMAE's masking (arXiv:2206.10207, Algorithm 1): a patch's place inside its part, by noise, less the number of
+    patches that are masked of that part. Exactly `masked` scores of a row are negative, because the numbers of its
+    parts sum to that.
 
     Args:
         labels: Part of each patch, below `groups`; parts may be empty.
-        noise: In [0, 1); picks the patches inside a part.
+        noise: In [0, 1); orders the patches inside a part.
         part_order: Noise that orders the parts; the lowest goes first when parts are masked whole.
         alpha: 0 masks the same share of every part, 1 masks whole parts.
     """
@@ -40,11 +45,11 @@ def semantic_masking(
     sizes = torch.zeros(len(labels), groups, dtype=torch.int64, device=labels.device)
     sizes.scatter_add_(1, labels, torch.ones_like(labels))
     order = part_order.argsort(dim=1, stable=True)
-    masked = masked_per_part(sizes, order, masked_count(labels.shape[1], mask_ratio), alpha)
+    quota = masked_per_part(sizes, order, masked, alpha)
     sequence = (2 * labels + noise).argsort(dim=1, stable=True)
-    place = sequence.argsort(dim=1)
     before = sizes.cumsum(dim=1) - sizes
-    return place - before.gather(1, labels) < masked.gather(1, labels)
+    place = sequence.argsort(dim=1) - before.gather(1, labels)
+    return (place - quota.gather(1, labels)).float()
 
 
 def masked_per_part(

@@ -18,7 +18,7 @@ from partlearn.decoder import AdaIN, ImageDecoder
 from partlearn.initialise import start
 from partlearn.learner import PartLearner, load_learner
 from partlearn.losses import pixel_loss
-from partlearn.train import _loss, learn, new_learner
+from partlearn.train import learn, new_learner, parts_loss
 from shards.images import list_images
 from training.config import RunConfig
 
@@ -119,7 +119,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_encoder(form, tm
     learner, config, encoder, view = at_work(form, tmp_path)
     before = copy.deepcopy(encoder.model.state_dict())
 
-    _loss(learner, config, encoder, view)[0].backward()
+    parts_loss(learner, config, encoder, view)[0].backward()
 
     assert all(parameter.grad is None for parameter in encoder.model.parameters())
     assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())

@@ -61,4 +61,4 @@ def test_ranks_that_cannot_share_kept_views_are_refused_before_an_image_is_looke
 
     assert done.returncode != 0
     assert not (tmp_path / "run").exists()
-    assert "2 ranks cannot share views kept in memory (--crops 2); take --crops 0" in done.stderr
+    assert "2 ranks cannot share crops kept in memory (--crops 2); take --crops 0" in done.stderr

@@ -1,16 +1,22 @@
 """Algorithm 1: exact counts, the worked table, and a loop written from the paper."""
 
+import dataclasses
 from fractions import Fraction
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.algorithm1 import counts, mask_of
 
-from pretrain.masking.budget import masked_count, purity
-from pretrain.masking.random import random_masking
-from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_masking
+from pretrain.config import PretrainConfig
+from pretrain.masking.budget import lowest, masked_count, purity
+from pretrain.masking.inputs import Inputs
+from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_scores
+from pretrain.masking.strategies import STRATEGIES
+from shards.batches import Batch
 
 awkward_sizes = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9).filter(
     lambda sizes: sum(sizes) > 1
@@ -36,6 +42,11 @@ def noise_of(order: list[int]) -> torch.Tensor:
 def labels_of(sizes: list[int], seed: int = 0) -> torch.Tensor:
     flat = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     return flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))][None]
+
+
+def semantic_masking(labels, noise, part_order, *, mask_ratio: float, alpha: float) -> torch.Tensor:
+    masked = masked_count(labels.shape[1], mask_ratio)
+    return lowest(semantic_scores(labels, noise, part_order, masked=masked, alpha=alpha), masked)
 
 
 def masked_counts(mask: torch.Tensor, labels: torch.Tensor, parts: int) -> list[int]:
@@ -142,13 +153,66 @@ def test_a_mask_depends_on_its_own_row_alone():
         assert torch.equal(alone[0], together[row])
 
 
+def a_batch(images: int, patches: int, parts: int, seed: int, epoch: int = 3) -> Inputs:
+    labels = torch.randint(0, parts, (images, patches), generator=torch.Generator().manual_seed(seed))
+    nothing, indices = np.zeros((images, 1, 1)), np.arange(images) + 10
+    pixels, cells, ranks = np.zeros((images, 1, 1, 3), np.uint8), nothing.astype(np.uint8), nothing.astype(np.uint16)
+    whole = Batch(pixels, cells, ranks, indices, indices, np.full(images, epoch), 0)
+    return Inputs(whole, labels, parts, masked_count(patches, 0.75), gamma=2.0, seed=seed)
+
+
+def part_of(inputs: Inputs, rows: slice) -> Inputs:
+    names = ("images", "parts", "fgrank", "class_ids", "indices", "epochs")
+    batch = dataclasses.replace(inputs.batch, **{name: getattr(inputs.batch, name)[rows] for name in names})
+    return dataclasses.replace(inputs, batch=batch, labels=inputs.labels[rows])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@given(patches=st.integers(4, 60), parts=st.integers(2, 8), progress=st.floats(0, 1), seed=st.integers(0, 99))
+def test_every_masking_masks_exactly_its_budget_and_each_image_by_itself(name, patches, parts, progress, seed):
+    inputs = a_batch(4, patches, parts, seed)
+
+    scores = STRATEGIES[name](inputs, progress)
+    mask = lowest(scores, inputs.masked)
+
+    assert scores.isfinite().all()
+    assert (mask.sum(dim=1) == inputs.masked).all()
+    assert torch.equal(scores, STRATEGIES[name](inputs, progress))
+    alone = [STRATEGIES[name](part_of(inputs, slice(row, row + 1)), progress) for row in range(4)]
+    assert torch.equal(torch.cat(alone), scores)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_masking_draws_anew_for_each_image_epoch_and_seed(name):
+    masks = [
+        lowest(STRATEGIES[name](a_batch(2, 196, 6, seed, epoch), 0.5), 147)[row]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+        for row in range(2)
+    ]
+
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+
+
+def test_the_maskings_of_the_config_are_those_there_are():
+    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == set(STRATEGIES)
+
+
 def test_random_masking_masks_the_least_noise():
-    noise = torch.rand(5, 196)
+    inputs = a_batch(5, 196, 3, 0)
 
-    mask = random_masking(noise, mask_ratio=0.75)
+    mask = lowest(STRATEGIES["random"](inputs, 0.5), inputs.masked)
 
-    assert (mask.sum(dim=1) == 147).all()
-    assert (noise[mask].reshape(5, -1).amax(1) < noise[~mask].reshape(5, -1).amin(1)).all()
+    assert inputs.masked == 147
+    assert (inputs.noise[mask].reshape(5, -1).amax(1) < inputs.noise[~mask].reshape(5, -1).amin(1)).all()
+
+
+@given(sizes=awkward_sizes, alpha=st.floats(0, 1), seed=st.integers(0, 99))
+def test_semantic_scores_below_0_are_the_mask(sizes, alpha, seed):
+    labels, masked = labels_of(sizes, seed), masked_count(sum(sizes), 0.75)
+
+    scores = semantic_scores(labels, torch.rand(labels.shape), torch.rand(1, len(sizes)), masked=masked, alpha=alpha)
+
+    assert torch.equal(lowest(scores, masked), scores < 0)
 
 
 def test_alpha_goes_from_0_to_1_with_progress():

@@ -149,7 +149,7 @@ def test_a_run_killed_before_its_report_gives_the_same_report_and_warning(tmp_pa
 
     assert list(again) == list(report)
     assert again | {"seconds": 0} == report | {"seconds": 0}
-    assert {"loss_class", "told_apart", "gradient_norm"} <= set(report)
+    assert {"loss_class", "told_apart", "grad_norm"} <= set(report)
     assert report["unreadable"] == 1
     assert "(collapse)" in told
     assert "(collapse)" in capsys.readouterr().err

@@ -1,0 +1,190 @@
+"""The one loop: what it skips, when it ends, what it leaves, on one rank and on two."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training import checkpoint, distributed
+from training.config import RunConfig
+from training.loop import MOST_SKIPPED, TERMINATED, train
+from training.metrics import read_metrics
+from training.run_folder import opened
+from training.task import Task
+from training.update import update
+
+STEPS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    run: RunConfig
+    batch_size: int = 2
+
+
+class Toy(Task):
+    """One weight is drawn to 1, from every rank; `spoil(step)` is added to this rank's loss."""
+
+    name, batch_size = "toy", 2
+
+    def __init__(self, spoil: Callable[[int], float] = lambda step: 0.0):
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.0, weight_decay=0.0)
+        self.spoil, self.accepted, self.open_files = spoil, [], 0
+
+    def rate(self, step: int) -> float:
+        return 0.1 / (1 + step)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        yield (self.weight - 1).square().sum() * (1 + self.spoil(step))
+        distributed.average_gradients([self.weight])
+
+    def accept(self, step: int) -> None:
+        self.accepted.append(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight.data}
+
+    def metadata(self) -> dict:
+        return {}
+
+    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
+        self.weight.data.copy_(tensors["weight"])
+
+    def open(self, step: int) -> None:
+        self.open_files += 1
+
+    def close(self) -> None:
+        self.open_files -= 1
+
+    def report(self, step: int) -> dict:
+        return {"weight": self.weight.item()}
+
+
+def run(out: Path, task: Toy, stop: int | None = None) -> dict:
+    config = ToyConfig(RunConfig(out=out, device="cpu", checkpoint_minutes=1e9))
+    with opened(config) as folder:
+        return train(task, folder, config.run, total=STEPS, stop_after_steps=stop)
+
+
+def not_a_number_at(*steps: int) -> Callable[[int], float]:
+    return lambda step: math.nan if step in steps else 0.0
+
+
+def test_a_gradient_that_is_not_finite_skips_its_step_and_nothing_else(tmp_path, capfd):
+    task = Toy(not_a_number_at(3, 7))
+
+    report = run(tmp_path, task)
+
+    by_hand = Toy()
+    for step in sorted(set(range(STEPS)) - {3, 7}):
+        update(by_hand.optimizer, by_hand.losses(step), rate=by_hand.rate(step))
+    assert report["weight"] == by_hand.weight.item()
+    assert task.accepted == [step for step in range(STEPS) if step not in (3, 7)]
+    assert (report["skipped"], report["steps"]) == (2, STEPS)
+    assert "the gradient of step 3 is not finite; the step is skipped" in capfd.readouterr().err
+    lines = read_metrics(tmp_path)
+    assert "loss" not in lines[3]
+    assert [line["skipped"] for line in lines[2:5]] == [0, 1, 1]
+    assert json.loads((tmp_path / "DONE.json").read_text()) == report
+
+
+def test_too_many_in_a_row_end_the_run_with_its_last_checkpoint_whole(tmp_path):
+    run(tmp_path, Toy(), stop=5)
+    task = Toy(lambda step: math.inf)
+
+    with pytest.raises(FloatingPointError, match=rf"gradients of {MOST_SKIPPED} steps in a row .* lower --base-lr"):
+        run(tmp_path, task)
+
+    assert task.open_files == 0
+    assert not (tmp_path / "DONE.json").exists()
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000005"
+
+
+def test_skipped_steps_are_counted_over_a_stop(tmp_path):
+    run(tmp_path, Toy(not_a_number_at(1)), stop=4)
+
+    assert run(tmp_path, Toy(not_a_number_at(20)))["skipped"] == 2
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm_and_no_lower_one_is_touched():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    _, norm = update(optimizer, [(weight**2).sum() / 2], rate=1.0, largest_norm=1.0)
+
+    assert norm == pytest.approx(5.0)
+    assert torch.allclose(weight.data, torch.tensor([2.4, 3.2]), atol=1e-5)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    update(optimizer, [(weight**2).sum() / 2], rate=0.5, largest_norm=10.0)
+    assert torch.allclose(weight.data, torch.tensor([1.2, 1.6]), atol=1e-5)
+
+
+def sigterm_at(step: int) -> Callable[[int], float]:
+    def spoil(now: int) -> float:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0.0
+
+    return spoil
+
+
+def test_sigterm_saves_and_exits_without_done(tmp_path, capfd):
+    before, task = signal.getsignal(signal.SIGTERM), Toy(sigterm_at(6))
+
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, task)
+
+    assert ended.value.code == TERMINATED == 143
+    assert "told to stop after 7 of 30 steps, which are kept" in capfd.readouterr().err
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000007"
+    assert not (tmp_path / "DONE.json").exists()
+    assert task.open_files == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run(tmp_path, Toy())["weight"] == run(tmp_path / "straight", Toy())["weight"]
+
+
+def on_two_ranks(folder: Path, spoil: Callable[[int], float]) -> list[int | None]:
+    """Exit codes of two processes that train the toy together; `spoil` is the second one's."""
+
+    def process(rank: int) -> None:
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        task = Toy(spoil if rank else lambda step: 0.0)
+        report = run(folder / "run", task)
+        (folder / f"{rank}.json").write_text(json.dumps(report))
+
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join(timeout=60)
+    return [one.exitcode for one in processes]
+
+
+def test_one_ranks_bad_gradient_skips_the_step_on_both(tmp_path):
+    assert on_two_ranks(tmp_path / "two", not_a_number_at(4)) == [0, 0]
+
+    reports = [json.loads((tmp_path / f"two/{rank}.json").read_text()) for rank in range(2)]
+    alone = run(tmp_path / "one", Toy(not_a_number_at(4)))
+    assert [report["skipped"] for report in reports] == [1, 1]
+    assert reports[0]["weight"] == reports[1]["weight"] == alone["weight"]
+
+
+def test_sigterm_to_one_rank_ends_both(tmp_path):
+    assert on_two_ranks(tmp_path / "two", sigterm_at(6)) == [TERMINATED, TERMINATED]
+
+    assert checkpoint.newest(tmp_path / "two/run") == tmp_path / "two/run/checkpoints/step-00000007"
+    assert not (tmp_path / "two/run/DONE.json").exists()
