@@ -1,5 +1,5 @@
-# make venv | demo [IMAGES=DIR] | test | check | lock          TORCH=cpu takes PyTorch's CPU build (needs the internet)
-.PHONY: venv demo test check lock
+# make venv | demo [IMAGES=DIR] | test | check | fix | lock          TORCH=cpu takes PyTorch's CPU build (needs the internet)
+.PHONY: venv demo test check fix lock
 .DEFAULT_GOAL := demo
 TORCH ?= $(shell cat .venv/torch 2>/dev/null || echo default)
 PYTHON ?= python3
@@ -37,6 +37,10 @@ check: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/pyrefly check
 	@$(BIN)/lint-imports
+
+fix: venv
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
 
 lock:
 	@$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate \
