@@ -1,8 +1,11 @@
-"""Pages stay true: the tests that docs/faults.md names exist."""
+"""Pages stay true: what they name exists, what they quote runs, and what two of them say is the same."""
 
 import ast
 import re
+import tomllib
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,3 +19,22 @@ def test_every_promise_of_the_faults_page_names_a_test_that_exists():
 
     assert len(named) > 40
     assert [f"{path}::{name}" for path, name in named if name not in tests[path]] == []
+
+
+def test_the_citation_has_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    assert citation["cff-version"] == "1.2.0"
+    assert {name: str(citation[name]) for name in ("version", "license")} == {
+        name: package[name] for name in ("version", "license")
+    }
+    assert [reference["year"] for reference in citation["references"]] == [2022]
+
+
+def test_the_hook_before_a_commit_runs_make_fix_and_nothing_else():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert [hook["entry"] for repo in hooks for hook in repo["hooks"]] == ["make fix"]
+    assert re.search(r"^fix:", (ROOT / "Makefile").read_text(), re.MULTILINE)
