@@ -1,11 +1,20 @@
 """Pages stay true: what they name exists, what they quote runs, and what two of them say is the same."""
 
 import ast
+import functools
+import gc
 import re
+import shlex
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
+from conftest import write_set
+
+from pipeline import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,3 +71,76 @@ def test_the_hook_before_a_commit_runs_make_fix_and_nothing_else():
     assert [repo["repo"] for repo in hooks] == ["local"]
     assert [hook["entry"] for repo in hooks for hook in repo["hooks"]] == ["make fix"]
     assert re.search(r"^fix:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar:ResourceWarning")  # webdataset leaves its tars open
+@pytest.mark.parametrize(("number", "left"), [(0, "batch"), (1, "sample")])
+def test_the_python_of_the_readme_runs(number, left, tmp_path, monkeypatch):
+    write_set(tmp_path / "runs/shards")
+    monkeypatch.chdir(tmp_path)
+    code = blocks("README.md", "python")
+    names: dict[str, Any] = {}
+
+    exec(compile(code[number], "README.md", "exec"), names)
+
+    assert len(code) == 2
+    assert left in names
+    names.clear()
+    gc.collect()  # open tars go now, while that is expected
+
+
+def test_the_commands_of_the_readme_are_parsed_by_the_command_line(monkeypatch, capsys):
+    parsed: list[str] = []
+    for verb, function in cli.VERBS.items():
+        monkeypatch.setitem(cli.VERBS, verb, recorded(verb, function, parsed))
+    lines = [line for block in blocks("README.md", "sh") for line in block.replace("\\\n", " ").splitlines()]
+    calls = [call for line in lines for call in calls_in(shlex.split(line, comments=True))]
+
+    statuses = [(call, status_of(call), capsys.readouterr()) for call in calls]
+
+    assert [told for told in statuses if told[1] != 0] == []
+    assert parsed == [call[0] for call in calls]
+    assert {"extract", "verify", "pretrain", "probe", "learn-parts", "score-parts", "submit", "bench"} <= set(parsed)
+
+
+@pytest.mark.parametrize("call", ["extract --image photos/", "bench loaders", "pretrain --data runs/shards", "train"])
+def test_a_command_that_the_command_line_does_not_take_is_found(call, monkeypatch, capsys):
+    for verb, function in cli.VERBS.items():
+        monkeypatch.setitem(cli.VERBS, verb, recorded(verb, function, []))
+
+    assert status_of(call.split()) == 2
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def calls_in(words: list[str]) -> list[list[str]]:
+    """The calls of our command line in a line of shell, each from its verb on; a call of `submit` carries another."""
+    ours = words[:1] == ["semmae"]
+    start = 1 if ours else words.index("pipeline") + 1 if "-m pipeline" in " ".join(words) else None
+    if start is None and any(word.endswith("on_cluster.py") for word in words):
+        start = words.index("--") + 1
+    if start is None:
+        return []
+    call = words[start:]
+    return [call, call[call.index("--") + 1 :]] if ours and "--" in call else [call]
+
+
+def recorded(verb: str, function: Callable[..., None], parsed: list[str]) -> Callable[..., None]:
+    """Looks like the verb to the parser, and only notes that it was called."""
+
+    @functools.wraps(function)
+    def note(*arguments: Any, **options: Any) -> None:
+        parsed.append(verb)
+
+    return note
+
+
+def status_of(call: list[str]) -> int | str | None:
+    """What the command line exits with."""
+    try:
+        return cli.main(call)
+    except SystemExit as end:
+        return end.code
