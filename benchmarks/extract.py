@@ -6,17 +6,18 @@ A block is one build: images read, squared, stored, labelled and committed, whic
 import dataclasses
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from benchmarks.prepared import some_images
 from benchmarks.quiet import Meter
 from benchmarks.rounds import PLENTY, Block, Report, gate_in_words, summary
 from partlearn.config import ExtractConfig, LearnConfig
-from partlearn.labelling.learned import Labeller, Labels
+from partlearn.labelling.learned import TokenLabeller, open_token_labeller
 from partlearn.labelling.shard import build_shard
-from partlearn.labelling.sources import FromImages
+from partlearn.labelling.sources import FromImages, Stored
+from partlearn.labelling.stored_labels import Labels
 from partlearn.train import learn
 from shards.images import ImageList, read_bytes
 from training.config import RunConfig
@@ -27,15 +28,20 @@ BARS = {"share_outside_models": ("<=", 0.15)}
 UNTRAINED, UNTRAINED_GRID, FEW = "random:vit_small_patch16_224", 14, 8
 
 
-class TimedLabeller(Labeller):
+class TimedLabeller(TokenLabeller):
     """A labeller that knows how long it has worked. Its answers are on the host, so an accelerator has finished."""
 
     seconds = 0.0
 
-    def __call__(self, images: np.ndarray) -> Labels:
+    @classmethod
+    def of_parts(cls, parts: Path, **options: Any) -> "TimedLabeller":
+        opened = open_token_labeller(parts, **options)
+        return cls(opened.encoder, opened.learner, opened.sha256)
+
+    def label(self, batch: Sequence[Stored]) -> Labels:
         began = time.perf_counter()
         try:
-            return super().__call__(images)
+            return super().label(batch)
         finally:
             self.seconds += time.perf_counter() - began
 
@@ -55,7 +61,7 @@ def bench_extract(
     """
     listed = some_images(images, most)
     out.mkdir(parents=True, exist_ok=True)
-    labeller = TimedLabeller(
+    labeller = TimedLabeller.of_parts(
         parts or untrained_parts(listed, out, run), device=pick_device(run.device), precision=run.precision
     )
     with tempfile.TemporaryDirectory(prefix="extract.", dir=out) as folder:
@@ -95,7 +101,7 @@ def _builds(
     while not speed or (sum(block.quiet for block in speed) < PLENTY and time.monotonic() < ends):
         labeller.seconds = 0.0
         with Meter() as meter:
-            told = build_shard(built % shards, source=source, labeller=labeller, config=config, plan_digest="bench")
+            told = build_shard(source.slice(built % shards), labeller=labeller, config=config, plan_digest="bench")
         built += 1
         if built == 1:
             continue

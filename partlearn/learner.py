@@ -17,7 +17,6 @@ from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, pa
 from partlearn.decoder import ImageDecoder, blur
 from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
-from partlearn.labelling.baselines import NAMES
 from training.checkpoint import CheckpointError, find, load_tensors
 
 
@@ -130,9 +129,7 @@ def load_learner(run: Path) -> tuple[PartLearner, dict[str, Any], str]:
         FileNotFoundError, CheckpointError: There is no run, no whole checkpoint in it, or one of something else.
     """
     if str(run) != "builtin" and not run.exists():
-        raise FileNotFoundError(
-            f"no parts at {run}: expected a run folder of learn-parts, builtin, or a baseline ({', '.join(NAMES)})"
-        )
+        raise FileNotFoundError(f"no parts at {run}: expected a run folder of learn-parts, or builtin")
     file = BUILTIN / "parts.safetensors" if str(run) == "builtin" else find(run)
     tensors, metadata = load_tensors(file)
     if "learner" not in metadata:

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from partlearn.config import TRUTH, ExtractConfig
-from partlearn.labelling.baselines import NAMES
-from partlearn.labelling.learned import Labeller
-from partlearn.labelling.shard import AnyLabeller, build_shard
+from partlearn.config import ExtractConfig
+from partlearn.labelling.protocol import Labeller, folder_of
+from partlearn.labelling.shard import Builder, labeller_of
 from partlearn.labelling.sources import FromImages, Source, open_source
-from partlearn.labelling.truth import TruthLabeller
 from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
 from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
 from shards.writer import shard_paths
-from training.device import pick_device
 from training.progress import Progress
 from training.run_folder import as_json, git_state, package_versions
 
@@ -50,7 +47,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
     )
-    labeller = load_labeller(config, source)
+    labeller = labeller_of(config, source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
@@ -64,22 +61,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
 
 
-def load_labeller(config: ExtractConfig, source: Source) -> AnyLabeller:
-    if str(config.parts) == TRUTH:
-        return TruthLabeller(source, grid=config.grid or 28)
-    return Labeller(
-        config.parts,
-        encoder=config.encoder,
-        grid=config.grid,
-        block=config.encoder_block,
-        num_parts=config.num_parts,
-        device=pick_device(config.run.device),
-        precision=config.run.precision,
-        attention=config.attention,
-    )
-
-
-def _plan(config: ExtractConfig, source: Source, labeller: AnyLabeller) -> dict[str, Any]:
+def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str, Any]:
     """What decides the bytes of every shard; a folder takes one plan for life."""
     images = {
         "samples_per_shard": config.samples_per_shard,
@@ -116,9 +98,7 @@ def _forget_faulty(folder: Path, names: Collection[str]) -> None:
         (shard_paths(folder, int(stem))[2] if stem.isdigit() else folder / name).unlink(missing_ok=True)
 
 
-def _build_missing(
-    config: ExtractConfig, folder: Path, source: Source, labeller: AnyLabeller, plan_digest: str
-) -> None:
+def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> None:
     count = len(source.shard_sizes)
     missing = [number for number in range(count) if not shard_done(folder, number, plan_digest)]
     if not missing:
@@ -146,7 +126,7 @@ def _build_missing(
 
 
 def _finish(
-    config: ExtractConfig, folder: Path, source: Source, labeller: AnyLabeller, plan_digest: str
+    config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str
 ) -> dict[str, Any]:
     """dataset.json, with everything that is needed to build the set again."""
     info: dict[str, Any] = {
@@ -193,40 +173,36 @@ def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source
 
 
 def _here(
-    numbers: list[int], source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
+    numbers: list[int], source: Source, labeller: Labeller, config: ExtractConfig, plan_digest: str
 ) -> Iterator[Outcome]:
     """Shards one after the other in this process; an error is the caller's, at once: nothing here is flaky."""
+    builder = Builder(config, plan_digest, labeller)
     for number in numbers:
-        yield number, build_shard(number, source=source, labeller=labeller, config=config, plan_digest=plan_digest)
+        yield number, builder.build(source.slice(number))
 
 
 def _on_ray(
-    numbers: list[int], source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
+    numbers: list[int], source: Source, labeller: Labeller, config: ExtractConfig, plan_digest: str
 ) -> Iterator[Outcome]:
-    """Shards on a pool of Ray actors, each with its own models."""
-    import ray
-
+    """Shards on a pool of Ray actors, each with its own models; an actor gets the slice of the shard that it builds."""
     from pipeline.cluster.connect import connect, refuse_paths_of_the_upload
 
-    parts = None if str(config.parts) in (*NAMES, TRUTH, "builtin") else config.parts
+    parts = folder_of(config.parts)
     refuse_paths_of_the_upload(*(path for path in (config.run.out, parts, config.relabel) if path))
     connect()
-    truth = labeller if isinstance(labeller, TruthLabeller) else None
-    arguments = (config, ray.put(source), plan_digest, truth)
     return build_on_ray(
-        numbers, Builder, arguments, num_workers=config.num_workers, gpus_per_worker=config.gpus_per_worker
+        numbers,
+        OnActor,
+        (config, plan_digest, labeller if labeller.portable else None),
+        order=source.slice,
+        num_workers=config.num_workers,
+        gpus_per_worker=config.gpus_per_worker,
     )
 
 
-class Builder:
-    """What every actor of the pool holds: the models, or the truth, which was read once. Builds any shard."""
+class OnActor(Builder):
+    """A builder alone in its process: torch takes the threads it is given."""
 
-    def __init__(self, config: ExtractConfig, source: Source, plan_digest: str, truth: TruthLabeller | None = None):
-        self.config, self.source, self.plan_digest = config, source, plan_digest
+    def __init__(self, config: ExtractConfig, plan_digest: str, labeller: Labeller | None):
         torch.set_num_threads(max(1, config.run.threads))
-        self.labeller = truth or load_labeller(config, source)
-
-    def build(self, number: int) -> dict[str, Any]:
-        return build_shard(
-            number, source=self.source, labeller=self.labeller, config=self.config, plan_digest=self.plan_digest
-        )
+        super().__init__(config, plan_digest, labeller)

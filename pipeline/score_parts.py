@@ -21,7 +21,7 @@ from evaluate.parts.stability import stability
 from evaluate.parts.views import TruthSet
 from partlearn.config import BUILTIN_READS
 from partlearn.labelling.baselines import NAMES, OF_HEADS, Baseline
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import TokenLabeller, open_token_labeller
 from pipeline.config import ScorePartsConfig
 from shards.atomic import read_json, sha256_json, write_json, write_whole
 from training.contact_sheet import ROWS, assemble, tinted
@@ -53,7 +53,7 @@ class Method:
     """A run folder or a baseline, on its encoder."""
 
     source: str
-    labeller: Labeller
+    labeller: TokenLabeller
 
     @property
     def name(self) -> str:
@@ -133,7 +133,7 @@ def _learners(config: ScorePartsConfig) -> Iterator[Method]:
     for source in dict.fromkeys(config.parts):
         if source in NAMES:
             continue
-        labeller = Labeller(source, **options)
+        labeller = open_token_labeller(source, **options)
         if labeller.grid != config.grid:
             raise ValueError(
                 f"{source} labels {labeller.grid} cells a side, but the controls and baselines of this table "
@@ -153,13 +153,13 @@ def _baselines(config: ScorePartsConfig, read: dict[str, Any]) -> Iterator[Metho
         here = [name for name in names if name in READ_BLOCK or block == blocks[0]]
         if not here:
             continue
-        first = Labeller(here[0], encoder=encoder, grid=config.grid, block=block, **options)
+        first = open_token_labeller(here[0], encoder=encoder, grid=config.grid, block=block, **options)
         for name in here:
             for count in config.num_parts[:1] if name in OF_HEADS else config.num_parts:
                 yield Method(name, _also(first, name, count))
 
 
-def _also(labeller: Labeller, name: Any, count: int) -> Labeller:
+def _also(labeller: TokenLabeller, name: Any, count: int) -> TokenLabeller:
     """Another baseline on the encoder that a labeller has loaded, which takes seconds."""
     other = copy.copy(labeller)
     other.learner = Baseline(name, labeller.encoder, parts=count)

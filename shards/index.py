@@ -83,12 +83,23 @@ def merged(tables: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(numbered, promote_options="default")  # a shard without samples has no class attention
 
 
-def load_rows(path: Path) -> Shaped[np.ndarray, " samples"]:
-    """What reading needs of an index (`Row`), a piece at a time: memory never holds much more than the result."""
+def load_rows(path: Path, *, shard: int | None = None) -> Shaped[np.ndarray, " samples"]:
+    """What reading needs of an index (`Row`), a piece at a time: memory never holds much more than the result.
+
+    Args:
+        shard: The number of a shard, where `path` is its own index, which does not say.
+    """
     file = pq.ParquetFile(path, pre_buffer=False)
     rows, start = np.zeros(file.metadata.num_rows, ROW), 0
+    rows["shard"] = shard or 0
     members = [member for member in MEMBERS if f"{member}_offset" in file.schema_arrow.names]
-    plain = ["shard", "key", "class_id", "jpg_size", *(f"crc32_{member}" for member in ("jpg", *members))]
+    plain = [
+        *([] if shard is not None else ["shard"]),
+        "key",
+        "class_id",
+        "jpg_size",
+        *(f"crc32_{member}" for member in ("jpg", *members)),
+    ]
     offsets = [f"{member}_offset" for member in members]
     for piece in file.iter_batches(PIECE, columns=[*plain, "jpg_offset", *offsets], use_threads=False):
         into = rows[start : start + len(piece)]

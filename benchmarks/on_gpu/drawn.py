@@ -109,7 +109,7 @@ def _write_shards(made: Drawn, size: int, cores: int) -> None:
     digest = open_plan(made.shards, {"drawn": len(source.images), "size": size})
     for number in range(len(source.shard_sizes)):
         if not shard_done(made.shards, number, digest):
-            build_shard(number, source=source, labeller=labeller, config=config, plan_digest=digest)
+            build_shard(source.slice(number), labeller=labeller, config=config, plan_digest=digest)
     info = {"grid": 28, "groups": labeller.groups, "size": size, "classes": list(source.classes)}
     finalise(
         made.shards, shard_count=len(source.shard_sizes), plan_digest=digest, info=info | {"inputs": source.inputs}

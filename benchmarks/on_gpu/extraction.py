@@ -49,7 +49,7 @@ def config_of(bench: Bench, batch: int, out: Path) -> ExtractConfig:
 
 def load_images(bench: Bench) -> tuple[list[Stored], float]:
     """The first shard's images, and how many a second threads for every core prepared."""
-    loads = source_of(config_of(bench, 1, bench.out)).slice(0)
+    loads = source_of(config_of(bench, 1, bench.out)).slice(0).loads()
     began = time.perf_counter()
     with ThreadPoolExecutor(bench.cores) as pool:
         loaded = [one for one in pool.map(lambda load: load(), loads) if isinstance(one, Stored)]
@@ -80,7 +80,7 @@ def _shards(bench: Bench, batch: int) -> Iterator[Row]:
         with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
             config = config_of(bench, batch, Path(folder))
             labeller.seconds, began = 0.0, time.perf_counter()
-            told = build_shard(0, source=source_of(config), labeller=labeller, config=config, plan_digest="bench")
+            told = build_shard(source_of(config).slice(0), labeller=labeller, config=config, plan_digest="bench")
             whole = time.perf_counter() - began
         rates.append(told["samples"] / whole)
         shares.append(labeller.seconds / whole)
@@ -97,4 +97,4 @@ def labeller_of(bench: Bench) -> TimedLabeller:
     out, run = bench.out / "extraction", RunConfig(out=bench.out, device=bench.device)
     out.mkdir(exist_ok=True)
     parts = untrained_parts(list_images(drawings(bench).folder), out, run, encoder=encoder, grid=grid)
-    return TimedLabeller(parts, device=torch.device(bench.device))
+    return TimedLabeller.of_parts(parts, device=torch.device(bench.device))

@@ -25,7 +25,7 @@ from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
 from partlearn.crops import TokenCrops
 from partlearn.initialise import start
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from partlearn.train import PartLearning, learn, new_learner, new_optimizer, parts_loss
 from shards.atomic import read_json
 from shards.images import list_images
@@ -107,7 +107,7 @@ def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
     yield from peak_memory(bench.device)
     if bench.left() < scoring:
         raise Unfinished("learned; its scores are left for the next call")
-    labeller = Labeller(config.run.out, device=torch.device(bench.device))
+    labeller = open_token_labeller(config.run.out, device=torch.device(bench.device))
     for set_, folder in sets.items():
         truths = TruthSet(folder)
         rows = score_labellers([labeller], truths, size=SIZE, advance=lambda count: None)[0][0]

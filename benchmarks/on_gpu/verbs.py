@@ -24,7 +24,7 @@ from evaluate.linear import probe
 from evaluate.parts.score import score_labellers
 from evaluate.parts.views import TruthSet
 from partlearn.config import ExtractConfig
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from partlearn.labelling.shard import build_shard
 from partlearn.train import learn
 from pretrain.train import build, masked_loss, new_optimizer, pretrain
@@ -103,9 +103,9 @@ def _masks(bench: Bench) -> Iterator[Row]:
 def _labels(bench: Bench) -> Iterator[Row]:
     """The share of cells that have the CPU's label, by the parts that come with the project."""
     images = first_batch(bench, 4 if bench.rehearse else 32).images
-    ours = Labeller("builtin", precision="fp32")(images)
+    ours = open_token_labeller("builtin", precision="fp32")(images)
     for precision in ("fp32", "bf16"):
-        theirs = Labeller("builtin", device=torch.device(bench.device), precision=precision)(images)
+        theirs = open_token_labeller("builtin", device=torch.device(bench.device), precision=precision)(images)
         yield exact(f"labels_agree_{precision}", float((theirs.parts == ours.parts).mean()), "share", len(images))
 
 
@@ -173,8 +173,8 @@ def _extract(bench: Bench, out: Path) -> None:
         run=RunConfig(out=out, device=bench.device, threads=bench.cores),
     )
     out.mkdir()
-    labeller = Labeller(config.parts, device=torch.device(bench.device))
-    build_shard(0, source=source_of(config), labeller=labeller, config=config, plan_digest="bench")
+    labeller = open_token_labeller(config.parts, device=torch.device(bench.device))
+    build_shard(source_of(config).slice(0), labeller=labeller, config=config, plan_digest="bench")
 
 
 def _pretrain(bench: Bench, out: Path) -> None:
@@ -192,5 +192,5 @@ def _score_parts(bench: Bench, out: Path) -> None:
         (out / what).mkdir(parents=True)
         for file in sorted((source / what).glob("*/*"))[:8]:
             (out / what / file.name).write_bytes(file.read_bytes())
-    labeller = Labeller("builtin", device=torch.device(bench.device))
+    labeller = open_token_labeller("builtin", device=torch.device(bench.device))
     score_labellers([labeller], TruthSet(out), size=SIZE, advance=lambda count: None)

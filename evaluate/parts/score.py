@@ -9,7 +9,7 @@ from jaxtyping import Integer, UInt8
 
 from evaluate.parts.metrics import areas, ari, flip_agreement, flip_inside, score, shortcuts
 from evaluate.parts.views import SquareView, TruthSet, shift_cells
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import TokenLabeller
 
 BATCH = 16
 LABELLINGS = 5
@@ -22,7 +22,7 @@ Below = tuple[dict[str, Any], float]
 
 
 def score_labellers(
-    labellers: Sequence[Labeller], truth: TruthSet, *, size: int, advance: Advance
+    labellers: Sequence[TokenLabeller], truth: TruthSet, *, size: int, advance: Advance
 ) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
     """Of each labeller: the rows of the centre and the off-centre squares, and its labels of the first.
 
@@ -92,7 +92,7 @@ def below_centre(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, An
 
 
 def labels_of(
-    labellers: Sequence[Labeller], images: UInt8[np.ndarray, "images side side 3"], advance: Advance
+    labellers: Sequence[TokenLabeller], images: UInt8[np.ndarray, "images side side 3"], advance: Advance
 ) -> list[Seen]:
     """What each labeller says of the images, in batches of like size: shuffled labels need a next image."""
     pieces: list[list[Seen]] = [[] for _ in labellers]
@@ -105,7 +105,7 @@ def labels_of(
     return [(np.concatenate([p for p, _ in own]), np.concatenate([r for _, r in own])) for own in pieces]
 
 
-def parts_of(labeller: Labeller) -> int:
+def parts_of(labeller: TokenLabeller) -> int:
     """Parts there are; the background, where there is one, is one group more."""
     return labeller.learner.shape.parts
 

@@ -1,87 +1,37 @@
 """Images in, part labels and foreground ranks out: what extraction stores."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8, UInt16
+from jaxtyping import UInt8
 
-from encoders.frozen import CPU, Tokens
+from encoders.frozen import CPU, Encoder, Tokens
 from encoders.load import load_encoder
 from partlearn.foreground import confidence
 from partlearn.labelling.baselines import NAMES, Baseline
+from partlearn.labelling.sources import Stored
+from partlearn.labelling.stored_labels import Labels
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
 from training.device import computes_bf16
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What is stored of a batch of images."""
-
-    parts: UInt8[np.ndarray, "batch rows cols"]
-    fgrank: UInt16[np.ndarray, "batch rows cols"]
-    """0 = most likely foreground."""
-    attn: UInt8[np.ndarray, "batch heads rows cols"] | None
-    """Class attention of each head, scaled so that its most attended cell is 255; where it was asked for."""
-    confidence: UInt8[np.ndarray, " batch"]
-    """That there is an object, in hundredths; see `foreground.confidence`. Of shuffled labels, in the image that they
-    are of."""
-
-
-class Labeller:
-    """A frozen encoder and the part learner that was trained on it, or a baseline on any encoder.
+class TokenLabeller:
+    """A frozen encoder, and what labels its tokens: a part learner, or a baseline.
 
     Args:
-        parts: Run folder of a part learner, `builtin` (the one that comes with the project), or the name of a baseline
-            (`partlearn/labelling/baselines.py`).
-        encoder: Source of the encoder; the learner's own unless told. A baseline needs one.
-        grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.
-
-    Raises:
-        ValueError: The grid or the encoder is not the one the parts were learned on, or a baseline lacks its encoder.
-        CheckpointError: Weights are missing, torn, or have changed since.
+        sha256: Of the learner's shape and weights, or of the baseline's rule.
+        attention: Store the class attention of every head too.
     """
 
-    def __init__(
-        self,
-        parts: str | Path,
-        *,
-        encoder: str | None = None,
-        grid: int | None = None,
-        block: int | None = None,
-        num_parts: int = 6,
-        device: torch.device = CPU,
-        precision: str = "auto",
-        attention: bool = False,
-    ):
-        self.attention = attention
-        options: dict[str, Any] = {"device": device, "precision": precision}
-        self.learner: PartLearner | Baseline
-        if str(parts) in NAMES:
-            if encoder is None:
-                raise ValueError(f"the baseline {parts} needs an --encoder")
-            self.encoder = load_encoder(encoder, grid=grid or 28, block=block, **options)
-            name: Any = str(parts)
-            self.learner = Baseline(name, self.encoder, parts=num_parts)
-            self.sha256 = self.learner.sha256
-        else:
-            learner, described, self.sha256 = load_learner(Path(parts))
-            self.learner = learner.to(device)
-            if grid not in (None, learner.shape.grid):
-                raise ValueError(f"--grid {grid} was asked for, but {parts} was learned on {learner.shape.grid}")
-            if block not in (None, described["block"]):
-                raise ValueError(f"--encoder-block {block} was asked for, but {parts} reads {described['block']}")
-            source = encoder or described["source"]
-            self.encoder = load_encoder(source, grid=learner.shape.grid, block=described["block"], **options)
-            if self.encoder.fingerprint != described["weights_sha256"]:
-                raise CheckpointError(
-                    f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
-                    "or learn the parts again"
-                )
-        self.grid, self.groups = self.learner.shape.grid, self.learner.shape.groups
+    portable = False
+
+    def __init__(self, encoder: Encoder, learner: PartLearner | Baseline, sha256: str, *, attention: bool = False):
+        self.encoder, self.learner, self.sha256, self.attention = encoder, learner, sha256, attention
+        self.grid, self.groups = learner.shape.grid, learner.shape.groups
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -117,6 +67,10 @@ class Labeller:
         """Heads whose attention is stored; 0 where none is."""
         return self.encoder.heads if self.attention else 0
 
+    def label(self, batch: Sequence[Stored]) -> Labels:
+        """Labels of images as a shard holds them."""
+        return self(np.stack([stored.pixels for stored in batch]))
+
     def __call__(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Labels:
         """Part of each cell, and its rank in foreground; see `of`."""
         return self.of(self.encoder(torch.from_numpy(images)))
@@ -144,3 +98,51 @@ class Labeller:
             attn,
             (100 * confidence(labelled.patch_tokens, rank)).round().byte().cpu().numpy(),
         )
+
+
+def open_token_labeller(
+    parts: str | Path,
+    *,
+    encoder: str | None = None,
+    grid: int | None = None,
+    block: int | None = None,
+    num_parts: int = 6,
+    device: torch.device = CPU,
+    precision: str = "auto",
+    attention: bool = False,
+) -> TokenLabeller:
+    """The labeller of a part learner's run folder, of `builtin`, or of a baseline by its name.
+
+    Args:
+        encoder: Source of the encoder. Default: the one the parts were learned on; a baseline needs one.
+        grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.
+
+    Raises:
+        FileNotFoundError: There are no such parts.
+        ValueError: The grid or the block is not the one the parts were learned on, or a baseline lacks its encoder.
+        CheckpointError: Weights are missing, torn, or have changed since.
+    """
+    if str(parts) in NAMES:
+        if encoder is None:
+            raise ValueError(f"the baseline {parts} needs an --encoder")
+        frozen = load_encoder(encoder, grid=grid or 28, block=block, device=device, precision=precision)
+        name: Any = str(parts)
+        baseline = Baseline(name, frozen, parts=num_parts)
+        return TokenLabeller(frozen, baseline, baseline.sha256, attention=attention)
+    if str(parts) != "builtin" and not Path(parts).exists():
+        raise FileNotFoundError(
+            f"no parts at {parts}: expected a run folder of learn-parts, builtin, or a baseline ({', '.join(NAMES)})"
+        )
+    learner, described, sha256 = load_learner(Path(parts))
+    if grid not in (None, learner.shape.grid):
+        raise ValueError(f"--grid {grid} was asked for, but {parts} was learned on {learner.shape.grid}")
+    if block not in (None, described["block"]):
+        raise ValueError(f"--encoder-block {block} was asked for, but {parts} reads {described['block']}")
+    source = encoder or described["source"]
+    frozen = load_encoder(source, grid=learner.shape.grid, block=described["block"], device=device, precision=precision)
+    if frozen.fingerprint != described["weights_sha256"]:
+        raise CheckpointError(
+            f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
+            "or learn the parts again"
+        )
+    return TokenLabeller(frozen, learner.to(device), sha256, attention=attention)

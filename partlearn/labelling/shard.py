@@ -5,22 +5,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from partlearn.config import ExtractConfig
-from partlearn.labelling.learned import Labeller
-from partlearn.labelling.sources import Load, Source, Stored
-from partlearn.labelling.truth import TruthLabeller
+from partlearn.labelling.protocol import Labeller, open_labeller
+from partlearn.labelling.sources import Load, Slice, Source, Stored
 from shards.sample import LabelledImage, Rejected
 from shards.writer import write_shard
+from training.device import pick_device
 
-AnyLabeller = Labeller | TruthLabeller
+
+class Builder:
+    """Builds any shard of a plan: what one process holds, this one or a Ray actor."""
+
+    def __init__(self, config: ExtractConfig, plan_digest: str, labeller: Labeller | None = None):
+        """Without a labeller, opens the one that `config` names, on the device that is here."""
+        self.config, self.plan_digest = config, plan_digest
+        self.labeller = labeller or labeller_of(config)
+
+    def build(self, slice_: Slice) -> dict[str, Any]:
+        return build_shard(slice_, labeller=self.labeller, config=self.config, plan_digest=self.plan_digest)
 
 
-def build_shard(
-    number: int, *, source: Source, labeller: AnyLabeller, config: ExtractConfig, plan_digest: str
-) -> dict[str, Any]:
-    """Label slice `number` of the source, commit it as one shard, and return its sidecar.
+def labeller_of(config: ExtractConfig, source: Source | None = None) -> Labeller:
+    """The labeller that a config names; see `open_labeller`."""
+    return open_labeller(
+        config.parts,
+        source,
+        encoder=config.encoder,
+        grid=config.grid,
+        block=config.encoder_block,
+        num_parts=config.num_parts,
+        device=pick_device(config.run.device),
+        precision=config.run.precision,
+        attention=config.attention,
+    )
+
+
+def build_shard(slice_: Slice, *, labeller: Labeller, config: ExtractConfig, plan_digest: str) -> dict[str, Any]:
+    """Label a slice, commit it as one shard, and return its sidecar.
 
     A pure function of its arguments, down to the bytes. Labels are computed on the stored JPEG's own pixels, while
     threads prepare the next batch. Unreadable images are listed in the sidecar with their reason; none is lost in
@@ -29,8 +50,8 @@ def build_shard(
     rejected: list[Rejected] = []
     return write_shard(
         Path(config.run.out),
-        number,
-        _labelled(source.slice(number), labeller, config, rejected),
+        slice_.number,
+        _labelled(slice_.loads(), labeller, config, rejected),
         groups=labeller.groups,
         plan_digest=plan_digest,
         rejected=rejected,
@@ -38,13 +59,12 @@ def build_shard(
 
 
 def _labelled(
-    loads: list[Load], labeller: AnyLabeller, config: ExtractConfig, rejected: list[Rejected]
+    loads: list[Load], labeller: Labeller, config: ExtractConfig, rejected: list[Rejected]
 ) -> Iterator[LabelledImage]:
     """A shard's own images, in order; what cannot be read or labelled goes to `rejected`."""
     batches = _batches(loads, config, rejected)
-    shuffled = isinstance(labeller, Labeller) and labeller.shuffled
-    for batch in never_alone(batches, config.batch_size) if shuffled else batches:
-        if shuffled and len(batch) == 1 and not config.relabel:  # in a label set no image may be missing
+    for batch in never_alone(batches, config.batch_size) if labeller.shuffled else batches:
+        if labeller.shuffled and len(batch) == 1 and not config.relabel:  # in a label set no image may be missing
             reason = f"{config.parts} needs another image, and no other of its shard can be read"
             rejected.append(Rejected(batch[0].source, int(batch[0].key), "label", reason))
         elif batch:
@@ -79,11 +99,8 @@ def never_alone(batches: Iterable[list[Stored]], size: int) -> Iterator[list[Sto
     yield ready
 
 
-def _label(batch: list[Stored], labeller: AnyLabeller) -> Iterator[LabelledImage]:
-    if isinstance(labeller, TruthLabeller):
-        labels = labeller(batch)
-    else:
-        labels = labeller(np.stack([stored.pixels for stored in batch]))
+def _label(batch: list[Stored], labeller: Labeller) -> Iterator[LabelledImage]:
+    labels = labeller.label(batch)
     for place, stored in enumerate(batch):
         yield LabelledImage(
             key=stored.key,

@@ -14,10 +14,10 @@ from PIL import Image
 from shards import storage
 from shards.decode import Box, ImageError, decode_rgb, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
-from shards.index import BOX
+from shards.index import BOX, load_rows
 from shards.order import permutation
 from shards.sample import Rejected
-from shards.shard_set import ShardSet
+from shards.shard_set import ShardSet, read_info
 from shards.writer import shard_paths
 
 
@@ -38,12 +38,62 @@ class Stored:
 Load = Callable[[], Stored | Rejected]
 
 
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """Image files, to be squared and encoded."""
+
+    number: int
+    first: int
+    """Ordinal of the first file among all inputs, in the order in which shards hold them."""
+    files: tuple[ImageFile, ...]
+    size: int
+    quality: int
+
+    def loads(self) -> list[Load]:
+        """Its images in order, each to be loaded by whatever thread has time."""
+        return [partial(self._load, self.first + place, file) for place, file in enumerate(self.files)]
+
+    def _load(self, ordinal: int, file: ImageFile) -> Stored | Rejected:
+        """Decode, square, and encode as the shard will hold it; or the reason why not."""
+        try:
+            data = read_bytes(file)
+        except OSError as error:
+            return Rejected(source=file.name, ordinal=ordinal, step="read", reason=str(error))
+        try:
+            image = decode_rgb(data)
+        except ImageError as error:
+            return Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error))
+        cropped, box = square(image, self.size)
+        buffer = io.BytesIO()
+        cropped.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
+        jpeg = buffer.getvalue()
+        return Stored(f"{ordinal:08d}", file.name, file.class_id, jpeg, _pixels(jpeg), image.size, box)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSlice:
+    """The images of one shard of a finished set."""
+
+    number: int
+    path: Path
+
+    def loads(self) -> list[Load]:
+        index = shard_paths(self.path, self.number)[1]
+        shards = ShardSet(self.path, read_info(self.path), load_rows(index, shard=self.number), None)
+        rows = pq.read_table(index).to_pylist()
+        return [partial(_load_stored, shards, place, row) for place, row in enumerate(rows)]
+
+
+Slice = FileSlice | ShardSlice
+"""What one shard owns of a source: small enough to be sent to whoever builds the shard."""
+
+
 class FromImages:
-    """The seeded permutation of a list of images, squared and encoded anew.
+    """The seeded permutation of a list of images, squared and encoded.
 
     Like `FromShards` it has `size` (side of the stored images in pixels), `classes`, `inputs` (name, digest and
-    count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), `slice(number)`: what the shard owns,
-    each to be loaded by whatever thread has time; `names` of all images, and `images_at`, where those are files.
+    count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), `slice(number)`, what a shard owns;
+    `names` of all images, and `images_at`, where those are files.
     """
 
     def __init__(self, images: ImageList, *, size: int, quality: int, samples_per_shard: int, seed: int):
@@ -64,26 +114,11 @@ class FromImages:
     def names(self) -> list[str]:
         return [image.name for image in self.images]
 
-    def slice(self, number: int) -> list[Load]:
+    def slice(self, number: int) -> FileSlice:
         first = number * self._per_shard
         slots = range(first, first + self.shard_sizes[number])
-        return [partial(self._load, slot, self.images[int(self._order[slot])]) for slot in slots]
-
-    def _load(self, ordinal: int, file: ImageFile) -> Stored | Rejected:
-        """Decode, square, and encode as the shard will hold it; or the reason why not."""
-        try:
-            data = read_bytes(file)
-        except OSError as error:
-            return Rejected(source=file.name, ordinal=ordinal, step="read", reason=str(error))
-        try:
-            image = decode_rgb(data)
-        except ImageError as error:
-            return Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error))
-        cropped, box = square(image, self.size)
-        buffer = io.BytesIO()
-        cropped.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
-        jpeg = buffer.getvalue()
-        return Stored(f"{ordinal:08d}", file.name, file.class_id, jpeg, _pixels(jpeg), image.size, box)
+        files = tuple(self.images[int(self._order[slot])] for slot in slots)
+        return FileSlice(number, first, files, self.size, self.quality)
 
 
 class FromShards:
@@ -100,30 +135,26 @@ class FromShards:
             "count": len(self._shards),
         }
         self.shard_sizes = [shard["samples"] for shard in info["shards"]]
-        self._first = [shard["first_index"] for shard in info["shards"]]
         self.images_at = str(info["inputs"].get("source", path))
 
     @property
     def names(self) -> list[str]:
         return self._shards.sources
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return FromShards, (self._shards.path,)
-
-    def slice(self, number: int) -> list[Load]:
-        rows = pq.read_table(shard_paths(self._shards.path, number)[1]).to_pylist()
-        return [partial(self._load, self._first[number] + place, row) for place, row in enumerate(rows)]
-
-    def _load(self, index: int, row: dict[str, Any]) -> Stored:
-        """A damaged image raises SampleError: its labels may not go missing."""
-        sample = self._shards.read(index)
-        x0, y0, x1, y1 = (row[side] for side in BOX)
-        source_size = (row["src_width"], row["src_height"])
-        pixels = _pixels(sample.jpeg)
-        return Stored(sample.key, row["source"], sample.class_id, b"", pixels, source_size, (x0, y0, x1, y1))
+    def slice(self, number: int) -> ShardSlice:
+        return ShardSlice(number, self._shards.path)
 
 
 Source = FromImages | FromShards
+
+
+def _load_stored(shards: ShardSet, place: int, row: dict[str, Any]) -> Stored:
+    """A damaged image raises SampleError: its labels may not go missing."""
+    sample = shards.read(place)
+    x0, y0, x1, y1 = (row[side] for side in BOX)
+    source_size = (row["src_width"], row["src_height"])
+    pixels = _pixels(sample.jpeg)
+    return Stored(sample.key, row["source"], sample.class_id, b"", pixels, source_size, (x0, y0, x1, y1))
 
 
 def _absolute(source: str) -> str:

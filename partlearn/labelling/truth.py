@@ -9,16 +9,15 @@ from jaxtyping import Bool, Float, Int, UInt16
 from scipy import ndimage
 
 from partlearn.config import TRUTH
-from partlearn.labelling.learned import Labels
 from partlearn.labelling.sources import Source, Stored
+from partlearn.labelling.stored_labels import Labels
 from shards.atomic import sha256_file, sha256_json
 from shards.crops import ranked_anew
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
 class TruthLabeller:
-    """Labels of the part maps that lie beside the images of `source` (`shards/truth.py`), behind the interface of
-    `Labeller`; it looks at no pixel.
+    """Labels of the part maps beside the images of `source` (`shards/truth.py`); it looks at no pixel.
 
     Part id k becomes the label k - 1; background and unknown cells have the last label. There are as many labels in
     every image: see `TruthFiles.count_parts`. Every map is read here once, for the digest that goes into the plan.
@@ -28,7 +27,7 @@ class TruthLabeller:
         FileNotFoundError: An image has no truth.
     """
 
-    heads = 0
+    heads, shuffled, portable = 0, False, True
 
     def __init__(self, source: Source, *, grid: int):
         folder = Path(source.images_at)
@@ -63,7 +62,7 @@ class TruthLabeller:
         """What the labels come from, for dataset.json."""
         return {"truth": str(self.files.folder), "parts": self.parts, **self.identity}
 
-    def __call__(self, batch: Sequence[Stored]) -> Labels:
+    def label(self, batch: Sequence[Stored]) -> Labels:
         """True part of each cell, and its rank in foreground; the confidence is 255: nobody asked.
 
         Raises:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,15 @@ Outcome = tuple[int, dict[str, Any] | Exception]
 
 
 def build_on_ray(
-    numbers: list[int], builder: type, arguments: tuple, *, num_workers: int, gpus_per_worker: float
+    numbers: list[int],
+    builder: type,
+    arguments: tuple,
+    *,
+    order: Callable[[int], Any],
+    num_workers: int,
+    gpus_per_worker: float,
 ) -> Iterator[Outcome]:
-    """What `builder(*arguments).build(number)` returns or raises for every number, as it comes.
+    """What `builder(*arguments).build(order(number))` returns or raises for every number, as it comes.
 
     A try that raises, or takes its actor with it, yields its exception, and the shard is tried again, after the
     others, until ATTEMPTS tries are spent; the last outcome of a number is the one that counts. A shard that only
@@ -29,7 +35,8 @@ def build_on_ray(
     Args:
         numbers: The shards.
         builder: A class that every actor makes one of; it loads the models, `build(number)` commits a shard.
-        arguments: Of its constructor. An object reference arrives as the object.
+        arguments: Of its constructor.
+        order: What a builder is sent to build a shard, made when it is sent.
         num_workers: Actors; 0 = as many as fit. Those that cannot be placed hold no work.
         gpus_per_worker: GPU share of an actor, where the cluster has GPUs.
 
@@ -41,7 +48,7 @@ def build_on_ray(
     connect()
     cpus, gpus, most = room(ray.nodes(), gpus_per_worker)
     start = _Starter(ray.remote(num_cpus=cpus, num_gpus=gpus)(_Actor), builder, arguments)
-    pool = _Pool(numbers, start, min(num_workers or most, len(numbers)))
+    pool = _Pool(numbers, start, order, min(num_workers or most, len(numbers)))
     try:
         while pool.unfinished:
             done, _ = ray.wait(pool.awaited(), timeout=PATIENCE_S)
@@ -77,8 +84,8 @@ class _Actor:
     def ping(self) -> None:
         pass
 
-    def build(self, number: int) -> dict[str, Any]:
-        return self.builder.build(number)
+    def build(self, order: Any) -> dict[str, Any]:
+        return self.builder.build(order)
 
 
 @dataclass(eq=False)
@@ -107,9 +114,9 @@ class _Starter:
 class _Pool:
     """Who does what. A worker gets shards only in answer to a call it has completed, so the dead get none."""
 
-    def __init__(self, numbers: list[int], start: _Starter, num_workers: int):
+    def __init__(self, numbers: list[int], start: _Starter, order: Callable[[int], Any], num_workers: int):
         self.todo, self.unfinished, self.tries = deque(numbers), len(numbers), Counter[int | None]()
-        self.start = start
+        self.start, self.order = start, order
         self.workers = [start(0) for _ in range(num_workers)]
         self.was_ready = False
 
@@ -187,7 +194,7 @@ class _Pool:
             if worker.calls and (len(worker.calls) == 2 or len(self.todo) < len(self.workers) or suspect):
                 return
             number = self.todo.popleft()
-            worker.calls.append((number, worker.actor.build.remote(number)))
+            worker.calls.append((number, worker.actor.build.remote(self.order(number))))
 
     def _wake(self) -> None:
         """Ask those without work whether they live, should there be some again."""

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from partlearn.config import LearnConfig
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from shards.atomic import write_whole
 from shards.decode import ImageError, decode_rgb, square
 from shards.images import list_images, read_bytes
@@ -43,7 +43,7 @@ def draw_parts(config: LearnConfig) -> None:
         OSError, ValueError, CheckpointError: Images or encoder are no longer where they were.
     """
     run = config.run
-    labeller = Labeller(run.out, device=pick_device(run.device), precision=run.precision)
+    labeller = open_token_labeller(run.out, device=pick_device(run.device), precision=run.precision)
     images = np.stack([np.asarray(shown) for shown, _ in zip(_squares(config), range(ROWS), strict=False)])
     labels = labeller(images)
     columns = [

@@ -6,13 +6,13 @@ import torch
 
 from encoders.export import export
 from encoders.load import BUILTIN
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from training.checkpoint import load_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
 def labeller():
-    return Labeller("builtin", precision="fp32")
+    return open_token_labeller("builtin", precision="fp32")
 
 
 def things(count: int = 8) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ def test_it_finds_an_object_off_the_centre(labeller):
 def test_its_labels_are_the_same_every_time(labeller):
     images, _ = things(2)
 
-    one, two = labeller(images), Labeller("builtin", precision="fp32")(images)
+    one, two = labeller(images), open_token_labeller("builtin", precision="fp32")(images)
 
     assert np.array_equal(one.parts, two.parts)
     assert np.array_equal(one.fgrank, two.fgrank)

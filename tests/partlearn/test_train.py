@@ -1,7 +1,6 @@
 """The part learner's loop and its labels."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from conftest import photographs
 from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from partlearn.learner import load_learner
 from partlearn.train import learn, new_learner
 from training import checkpoint
@@ -89,7 +88,7 @@ def test_small_is_read_where_it_reads_best_unless_told(changes, read, photos, tm
 
 def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
     learn(config(photos, tmp_path / "run", foreground_share=0.35))
-    labeller = Labeller(tmp_path / "run", precision="fp32")
+    labeller = open_token_labeller(tmp_path / "run", precision="fp32")
 
     labels = labeller(np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3)).astype(np.uint8))
     parts, fgrank = labels.parts, labels.fgrank
@@ -102,7 +101,7 @@ def test_labels_are_parts_inside_and_background_outside(photos, tmp_path):
 
 def test_tokens_that_are_not_finite_are_not_labelled(photos, tmp_path):
     learn(config(photos, tmp_path / "run"))
-    labeller = Labeller(tmp_path / "run")
+    labeller = open_token_labeller(tmp_path / "run")
     with torch.no_grad():
         labeller.encoder.model.patch_embed.proj.bias[0] = torch.inf
 
@@ -112,7 +111,7 @@ def test_tokens_that_are_not_finite_are_not_labelled(photos, tmp_path):
 
 def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
     learn(config(photos, tmp_path / "run", **LITERAL))
-    labeller = Labeller(tmp_path / "run")
+    labeller = open_token_labeller(tmp_path / "run")
 
     parts = labeller(np.zeros((2, 64, 64, 3), np.uint8)).parts
 
@@ -132,7 +131,7 @@ def test_a_corrupt_image_is_named_once(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["heds", "smal"])
 def test_parts_that_are_nowhere_are_told_what_there_is(name):
     with pytest.raises(FileNotFoundError, match=f"no parts at {name}: .* run folder .* builtin, .* baseline .*heads"):
-        load_learner(Path(name))
+        open_token_labeller(name)
 
 
 def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
@@ -160,7 +159,7 @@ def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
     learn(dataclasses.replace(config(photos, tmp_path / "run")))
 
     with pytest.raises(ValueError, match="was learned on 4"):
-        Labeller(tmp_path / "run", grid=8)
+        open_token_labeller(tmp_path / "run", grid=8)
 
 
 def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
@@ -224,7 +223,7 @@ def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_
     (line,) = read_metrics(tmp_path / "run")
     assert line.pop("step") == 0
     assert line == {name: report[name] for name in report if name not in ("steps", "images", "encoder")}
-    assert Labeller(tmp_path / "run").groups == 4
+    assert open_token_labeller(tmp_path / "run").groups == 4
 
 
 def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):

@@ -16,7 +16,7 @@ from evaluate.parts.score import BATCH, below_centre, labels_of, shift_ari
 from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
 from partlearn.labelling.baselines import NAMES
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from partlearn.train import learn
 from pipeline.config import ScorePartsConfig
 from pipeline.score_parts import READ_BLOCK, SHOWN, _figure, _print, score_parts, short_names
@@ -216,7 +216,7 @@ def test_a_block_that_only_others_read_is_not_looked_at(painted):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_block_matters_to_those_baselines_that_are_named_by_it(name):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    labellers = [Labeller(name, encoder=TINY, grid=6, block=block, precision="fp32") for block in (1, 11)]
+    labellers = [open_token_labeller(name, encoder=TINY, grid=6, block=block, precision="fp32") for block in (1, 11)]
 
     (early, _), (late, _) = (labels_of([labeller], images, lambda count: None)[0] for labeller in labellers)
 
@@ -272,7 +272,9 @@ def test_a_learner_on_another_grid_than_the_controls_is_refused(painted, learned
 
 def test_shuffled_labels_are_those_of_the_next_image_and_no_batch_has_one_alone():
     images = np.random.default_rng(0).integers(0, 256, (BATCH + 1, 64, 64, 3), dtype=np.uint8)
-    labellers = [Labeller(name, encoder=TINY, grid=4, precision="fp32") for name in ("heads", "shuffled-heads")]
+    labellers = [
+        open_token_labeller(name, encoder=TINY, grid=4, precision="fp32") for name in ("heads", "shuffled-heads")
+    ]
 
     (own, _), (shuffled, _) = labels_of(labellers, images, lambda count: None)
 

@@ -13,7 +13,7 @@ from encoders.load import load_encoder
 from evaluate.parts.metrics import ari
 from partlearn.config import ExtractConfig
 from partlearn.labelling.baselines import NAMES, Baseline, heads_by_mass, holding
-from partlearn.labelling.learned import Labeller
+from partlearn.labelling.learned import open_token_labeller
 from partlearn.labelling.shard import never_alone
 from pipeline.extract import extract
 from shards.order import permutation
@@ -245,4 +245,4 @@ def test_extraction_writes_a_baseline_and_says_which(tmp_path):
 
 def test_a_baseline_without_an_encoder_is_a_sentence():
     with pytest.raises(ValueError, match="the baseline grid needs an --encoder"):
-        Labeller("grid")
+        open_token_labeller("grid")

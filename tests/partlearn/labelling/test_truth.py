@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from partlearn.config import ExtractConfig
+from partlearn.labelling.shard import Builder, labeller_of
 from partlearn.labelling.sources import Source, open_source
 from partlearn.labelling.truth import depth_rank
 from pipeline.config import VerifyConfig
-from pipeline.extract import Builder, extract, load_labeller
+from pipeline.extract import extract
 from pipeline.verify import verify as verify_verb
 from shards.atomic import read_json, sha256_json
 from shards.shard_set import ShardSet
@@ -86,8 +87,8 @@ def test_another_build_a_mended_one_and_an_actor_give_the_same_bytes(folder, tmp
     victim.write_bytes(victim.read_bytes()[:-700])
     verify_verb(VerifyConfig(data=tmp_path / "out", repair=True))
     settings, (source, plan) = config(tmp_path / "again", images=str(folder)), source_and_plan(folder, tmp_path)
-    truth = pickle.loads(pickle.dumps(load_labeller(settings, source)))
-    Builder(settings, pickle.loads(pickle.dumps(source)), plan, truth).build(0)
+    truth, slice_ = pickle.loads(pickle.dumps((labeller_of(settings, source), source.slice(0))))
+    Builder(settings, plan, truth).build(slice_)
 
     assert tars(tmp_path / "out") == tars(tmp_path / "again") == before
 

@@ -15,6 +15,7 @@ from conftest import drawn, photographs, small_parts, tars
 
 import pipeline.extract
 from partlearn.config import ExtractConfig
+from partlearn.labelling.shard import Builder
 from pipeline.cluster import pool
 from pipeline.cluster.pool import ATTEMPTS, build_on_ray, room
 from shards.build import finalise, open_plan
@@ -146,15 +147,15 @@ class NotHere(Noise):
         until((self.notes / "bad-made").exists)
 
 
-class Troubled(pipeline.extract.Builder):
+class Troubled(Builder):
     """The real one; shard 1 takes its process with it once, half-way, and shard 2 always raises there."""
 
-    def build(self, number: int) -> dict[str, Any]:
+    def build(self, slice_: Any) -> dict[str, Any]:
         labeller: Any = self.labeller
-        failing: Any = FailingLabeller(labeller, number, self.config.run.out.parent)
+        failing: Any = FailingLabeller(labeller, slice_.number, self.config.run.out.parent)
         self.labeller = failing
         try:
-            return super().build(number)
+            return super().build(slice_)
         finally:
             self.labeller = labeller
 
@@ -166,14 +167,14 @@ class FailingLabeller:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.labeller, name)
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def label(self, batch: Any) -> Any:
         self.calls += 1
         if (self.shard, self.calls) == (1, 2) and not (self.notes / "killed").exists():
             (self.notes / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if (self.shard, self.calls) == (2, 2):
             raise RuntimeError("out of memory")
-        return self.labeller(*arguments, **named)
+        return self.labeller.label(batch)
 
 
 class Set:
@@ -187,11 +188,13 @@ class Set:
         every = list(drawn(SAMPLES * SHARDS, 32, 4, GROUPS, 3, seed=0))
         self.samples = [every[number * SAMPLES : (number + 1) * SAMPLES] for number in range(SHARDS)]
 
-    def build(self, builder: type, *, workers: int = 0) -> Iterator[tuple[int, Any]]:
+    def build(self, builder: type, *, num_workers: int = 0) -> Iterator[tuple[int, Any]]:
         import ray
 
         arguments = (self.out, self.notes, self.digest, ray.put(self.samples))
-        return build_on_ray(list(range(SHARDS)), builder, arguments, num_workers=workers, gpus_per_worker=1.0)
+        return build_on_ray(
+            list(range(SHARDS)), builder, arguments, order=int, num_workers=num_workers, gpus_per_worker=1.0
+        )
 
     def noted(self, name: str) -> list[str]:
         """Processes that noted this."""
@@ -259,7 +262,7 @@ def test_extract_survives_a_killed_process_and_names_a_shard_that_failed(cluster
 
     extract(tmp_path / "local", "local")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.extract, "Builder", Troubled)
+        patch.setattr(pipeline.extract, "OnActor", Troubled)
         with pytest.raises(ShardError, match="1 of 4 shards failed 3 times, first shard 2 with RuntimeError: out of"):
             extract(tmp_path / "out", "ray")
     built = sorted(path.name for path in (tmp_path / "out/shards").glob("*.json"))
