@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import drawn, photographs, small_parts, tars
+from conftest import drawn, photographs, tars
 
 import pipeline.extract
 from partlearn.config import ExtractConfig
-from partlearn.labelling.shard import Builder
 from pipeline.cluster import pool
 from pipeline.cluster.pool import ATTEMPTS, build_on_ray, room
 from shards.build import finalise, open_plan
@@ -147,7 +146,7 @@ class NotHere(Noise):
         until((self.notes / "bad-made").exists)
 
 
-class Troubled(Builder):
+class Troubled(pipeline.extract.OnActor):
     """The real one; shard 1 takes its process with it once, half-way, and shard 2 always raises there."""
 
     def build(self, slice_: Any) -> dict[str, Any]:
@@ -158,6 +157,12 @@ class Troubled(Builder):
             return super().build(slice_)
         finally:
             self.labeller = labeller
+
+
+def troubled_on_ray(numbers: list[int], builder: type, arguments: tuple, **named: Any) -> Iterator[tuple[int, Any]]:
+    """The pool, told to take the troubled builder; the real one keeps its name, by which its actors import it."""
+    assert issubclass(Troubled, builder)
+    return build_on_ray(numbers, Troubled, arguments, **named)
 
 
 class FailingLabeller:
@@ -252,17 +257,19 @@ def test_a_node_lost_in_the_middle_of_a_shard_costs_nothing_but_time(cluster, th
     set_.assert_as_local()
 
 
-def test_extract_survives_a_killed_process_and_names_a_shard_that_failed(cluster, tmp_path, monkeypatch, capsys):
-    photos, parts = photographs(tmp_path / "photos", 32), small_parts(tmp_path / "parts")
+def test_extract_survives_a_killed_process_and_names_a_shard_that_failed(
+    cluster, learned, tmp_path, monkeypatch, capsys
+):
+    photos = photographs(tmp_path / "photos", 32)
 
     def extract(out: Path, backend: str) -> None:
         run = RunConfig(out=out, device="cpu", precision="fp32", threads=1)
         settings: Any = {"size": 32, "samples_per_shard": 8, "batch_size": 4, "backend": backend}
-        pipeline.extract.extract(ExtractConfig(images=str(photos), parts=parts, run=run, **settings))
+        pipeline.extract.extract(ExtractConfig(images=str(photos), parts=learned, run=run, **settings))
 
     extract(tmp_path / "local", "local")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.extract, "OnActor", Troubled)
+        patch.setattr(pipeline.extract, "build_on_ray", troubled_on_ray)
         with pytest.raises(ShardError, match="1 of 4 shards failed 3 times, first shard 2 with RuntimeError: out of"):
             extract(tmp_path / "out", "ray")
     built = sorted(path.name for path in (tmp_path / "out/shards").glob("*.json"))
