@@ -3,12 +3,14 @@
 import hashlib
 import io
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pyarrow import fs
 
@@ -20,6 +22,10 @@ from shards.sample import LabelledImage
 from shards.shard_set import ShardSet
 from shards.writer import write_shard
 from training.config import RunConfig
+
+torch.set_num_threads(1)  # on these images of 32 pixels a second thread waits longer than it computes
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles torch, for 10 s
 
 
 def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledImage]:
