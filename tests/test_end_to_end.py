@@ -1,7 +1,6 @@
 """Eight photographs' way through every verb, in processes of their own, as a user types them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,19 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 from pipeline.cli import VERBS, main
 
 
-def semmae(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
+def semmae(*arguments: object, folder: Path, new: bool = False) -> subprocess.CompletedProcess:
+    """In a Python that has imported torch, or in a new one."""
+    call = ["-m", "pipeline", *map(str, arguments)]
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    if not new:
+        return warm.python(*call, cwd=folder, env=env).finished()
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
-        cwd=folder,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=280,
+        [sys.executable, *call], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -62,7 +62,7 @@ ENCODER = [
     "--warmup-epochs",
     "0",
 ]
-LEARN = ["--grid", "4", "--parts", "3", "--crops", "2", "--steps", "3", "--batch-size", "4", "--encoder-block", "1"]
+LEARN = ["--grid", "4", "--num-parts", "3", "--crops", "2", "--steps", "3", "--batch-size", "4", "--encoder-block", "1"]
 PRETRAIN = [
     "--patch",
     "8",
@@ -102,7 +102,7 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
     ]  # fmt: skip
 
     for command in commands:
-        done = semmae(*command, folder=tmp_path)
+        done = semmae(*command, folder=tmp_path, new=command[0] == "learn-parts")  # of all, it imports the most
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Warning" not in done.stderr, done.stderr
     with Image.open(tmp_path / "runs/parts/parts.png") as sheet:
@@ -132,7 +132,7 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
         (["pretrain", "--data", "empty", "--out", "o"], 1, "dataset.json"),
         (["pretrain", "--data", "empty", "--out", "o", "--mask-ratio", "1.5"], 2, "mask_ratio"),
         (["pretrain", "--no-such-flag"], 2, "no-such-flag"),
-        (["learn-parts", "--images", "empty", "--encoder", "x", "--out", "o", "--parts", "1"], 2, "parts must lie"),
+        (["learn-parts", "--images", "empty", "--encoder", "x", "--out", "o", "--num-parts", "1"], 2, "parts must lie"),
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_one_clear_sentence(command, status, sentence, tmp_path):
@@ -148,20 +148,14 @@ def test_a_wrong_call_is_one_clear_sentence(command, status, sentence, tmp_path)
 def test_an_interruption_before_any_checkpoint_does_not_promise_one(tmp_path):
     draw(tmp_path / "photos", classes=1, each=4)
     options = "--images photos --out run --batch-size 2 --epochs 99999 --device cpu"
-    code = (  # a shell starts its background jobs deaf to interruptions, and these tests may be one
-        "import signal, sys\nfrom pipeline.cli import main\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "encoder", *options.split()]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (tmp_path / "run/config.json").exists():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        told = process.communicate(timeout=60)[1]
+    process = warm.python("-m", "pipeline", "encoder", *options.split(), cwd=tmp_path)
+    while process.poll() is None and not (tmp_path / "run/config.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    done = process.finished(timeout=60)
 
-    assert process.returncode == 130, told
-    assert told.endswith("goes on from the last checkpoint or shard, if one was written\n")
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("goes on from the last checkpoint or shard, if one was written\n")
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -186,7 +180,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path):
         text=True,
         timeout=60,
     )
-    top = semmae("--help", folder=tmp_path)
+    top = semmae("--help", folder=tmp_path, new=True)
 
     assert done.stdout.strip().endswith("[]"), done.stdout[-300:] + done.stderr
     assert "torchrun --nproc" in done.stdout

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import photographs
 
 from training.checkpoint import find, load_tensors
@@ -20,31 +21,24 @@ PAPER = "--paper --crops 0 --decoder-size 8"
 FEATURES = "--crops 0 --balance 0"
 ROUNDING = {"paper": ("convs.0.bias", "convs.1.bias"), "features": ()}
 """AdaIN takes those biases away: their gradient is rounding, which Adam blows up to whole steps."""
-COMMANDS = {
-    "one": [sys.executable, "-m", "pipeline"],
-    "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"],
-}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def learn_parts(how: str, flags: str, images: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMANDS[how], "learn-parts", "--images", str(images), *FLAGS.split(), *flags.split(), "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def learn_parts(flags: str, images: Path, out: Path) -> list[str]:
+    call = ["-m", "pipeline", "learn-parts", "--images", str(images), "--out", str(out)]
+    return [*call, *FLAGS.split(), *flags.split()]
 
 
 @pytest.mark.parametrize(("target", "flags"), [("paper", PAPER), ("features", FEATURES)])
 def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
     images = photographs(tmp_path / "photos", 6)
-    for how in COMMANDS:
-        done = learn_parts(how, flags, images, tmp_path / how)
+    runs = [warm.python(*learn_parts(flags, images, tmp_path / "one"))]
+    runs += warm.ranks(2, *learn_parts(flags, images, tmp_path / "two"))
+    for run in runs:
+        done = run.finished()
         assert done.returncode == 0, done.stderr[-3000:]
 
-    one, two = (load_tensors(find(tmp_path / how))[0] for how in COMMANDS)
+    one, two = (load_tensors(find(tmp_path / how))[0] for how in ("one", "two"))
     assert one.keys() == two.keys()
     for name, expected in one.items():
         if not name.endswith(ROUNDING[target]):
@@ -57,7 +51,14 @@ def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
 
 
 def test_ranks_that_cannot_share_kept_views_are_refused_before_an_image_is_looked_for(tmp_path):
-    done = learn_parts("two", "--crops 2", tmp_path / "nowhere", tmp_path / "run")
+    done = subprocess.run(
+        [*TORCHRUN, *learn_parts("--crops 2", tmp_path / "nowhere", tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
     assert done.returncode != 0
     assert not (tmp_path / "run").exists()

@@ -1,16 +1,14 @@
 """Extraction in processes that are killed, and on folders as people have them."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import photographs, small_parts, tars
+import warm
+from conftest import photographs, tars
 from PIL import Image
 
 from partlearn.config import ExtractConfig
@@ -21,16 +19,10 @@ from shards.verify import verify
 from training.checkpoint import CheckpointError
 from training.config import RunConfig
 
-ROOT = Path(__file__).parents[2]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return small_parts(tmp_path_factory.mktemp("parts") / "run")
+def parts(learned) -> Path:
+    return learned
 
 
 def config(images: Path, parts: Path, out: Path, **changes) -> ExtractConfig:
@@ -40,19 +32,19 @@ def config(images: Path, parts: Path, out: Path, **changes) -> ExtractConfig:
     )
 
 
-def command(images: Path, parts: Path, out: Path, backend: str) -> list[str]:
-    options = f"--size 32 --samples-per-shard 4 --batch-size 4 --backend {backend} --device cpu --precision fp32"
-    call = [sys.executable, "-m", "pipeline", "extract", "--images", images, "--parts", parts, "--out", out]
-    return [*map(str, call), *options.split()]
+def started(images: Path, parts: Path, out: Path, *, most_bytes: int | None = None) -> warm.Running:
+    options = "--size 32 --samples-per-shard 4 --batch-size 4 --backend local --device cpu --precision fp32"
+    to = ["--images", images, "--parts", parts, "--out", out]
+    return warm.python("-m", "pipeline", "extract", *to, *options.split(), most_bytes=most_bytes)
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(parts, tmp_path):
     photos = photographs(tmp_path / "photos", 40)
-    subprocess.run(command(photos, parts, tmp_path / "straight", "local"), env=environment(), check=True, timeout=200)
+    assert started(photos, parts, tmp_path / "straight").wait() == 0
     out, kills = tmp_path / "killed", 0
 
     for shards_seen in (1, 4):
-        process = subprocess.Popen(command(photos, parts, out, "local"), env=environment())
+        process = started(photos, parts, out)
         while process.poll() is None and len(list((out / "shards").glob("*.json"))) < shards_seen:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -60,7 +52,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(parts, tmp_path):
         assert not (out / "dataset.json").exists() or not kills
     done = [path.with_suffix(".tar") for path in (out / "shards").glob("*.json")]
     kept = {path: path.stat().st_mtime_ns for path in done}
-    subprocess.run(command(photos, parts, out, "local"), env=environment(), check=True, timeout=200)
+    assert started(photos, parts, out).wait() == 0
 
     assert kills
     assert tars(out) == tars(tmp_path / "straight")
@@ -133,9 +125,8 @@ def test_a_finished_set_is_left_untouched(parts, tmp_path):
 def test_a_disk_without_room_is_one_sentence_and_a_rerun_goes_on(parts, tmp_path):
     """A limit on the size of files stands in for a full disk: the same write fails with an OSError."""
     photos, out = photographs(tmp_path / "photos", 12), tmp_path / "out"
-    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "-", *command(photos, parts, out, "local")]
 
-    failed = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=200)
+    failed = started(photos, parts, out, most_bytes=8 * 1024).finished()
 
     assert failed.returncode == 1
     assert "File too large" in failed.stderr
@@ -148,13 +139,11 @@ def test_of_two_drivers_in_one_folder_one_builds_and_the_other_says_so(parts, tm
     photos, out = photographs(tmp_path / "photos", 40), tmp_path / "out"
     extract(config(photos, parts, tmp_path / "alone"))
 
-    first = subprocess.Popen(command(photos, parts, out, "local"), env=environment())
+    first = started(photos, parts, out)
     while first.poll() is None and not (out / "plan.json").exists():
         time.sleep(0.005)
     first.send_signal(signal.SIGSTOP)  # the second comes while the first is at work, however fast the machine
-    second = subprocess.run(
-        command(photos, parts, out, "local"), env=environment(), capture_output=True, text=True, timeout=200
-    )
+    second = started(photos, parts, out).finished()
     first.send_signal(signal.SIGCONT)
 
     assert first.wait(timeout=200) == 0

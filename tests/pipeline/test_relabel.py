@@ -2,11 +2,8 @@
 
 import gc
 import io
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import warnings
@@ -16,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import warm
 import webdataset
 from conftest import photographs, small_parts, tars
 from PIL import Image
@@ -34,7 +32,6 @@ from shards.stream import Stream
 from shards.verify import verify
 from training.config import RunConfig
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
     "epochs": 2, "warmup_epochs": 0, "batch_size": 4, "base_lr": 1e-2,
@@ -267,10 +264,7 @@ def test_g3_a_relabelling_that_is_killed_half_way_ends_with_the_same_bytes(base,
     straight = tmp_path / "straight"
     extract(settings(straight, relabel=base, parts=other_parts, batch_size=1))
     options = f"--batch-size 1 --backend local --device cpu --precision fp32 --relabel {base} --parts {other_parts}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "extract", "--out", str(out), *options.split()],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    process = warm.python("-m", "pipeline", "extract", "--out", out, *options.split())
     while process.poll() is None and not list((out / "shards").glob("*.json")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

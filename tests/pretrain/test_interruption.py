@@ -1,13 +1,11 @@
 """A pretraining that is told to stop by the system goes on where its last checkpoint was."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+import warm
 
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
@@ -15,7 +13,7 @@ from training import checkpoint
 
 SETTINGS = {
     "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
-    "epochs": 60, "warmup_epochs": 0, "batch_size": 12, "base_lr": 1e-2,
+    "epochs": 30, "warmup_epochs": 0, "batch_size": 12, "base_lr": 1e-2,
 }  # fmt: skip
 
 
@@ -33,9 +31,7 @@ def test_a_terminated_run_resumes_to_the_same_weights(make_shards, tmp_path):
         f"run = StreamRun(out=Path({str(killed)!r}), device='cpu', precision='fp32', checkpoint_minutes=0)\n"
         f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{SETTINGS!r}))\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    )
+    process = warm.python(script, threads=torch.get_num_threads())
     deadline = time.monotonic() + 120
     while checkpoint.newest(killed) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,13 +1,10 @@
 """The verb `encoder` on several ranks: the weights of one process, and one writer."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import warm
 from stripes import TINY, draw_stripes, tiny
 
 from encoders.distill.crops import sample_crops
@@ -17,13 +14,13 @@ from shards.images import list_images
 from training.checkpoint import find, load_state, load_tensors, newest
 from training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[3]
 STEPS = 3
 SETTINGS = TINY | {"warmup_epochs": 0, "epochs": 2}
 SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+import warm
 from stripes import tiny
 from encoders.distill.train import distill
 from training import distributed
@@ -59,15 +56,10 @@ def runs(tmp_path_factory):
     )
     distill(tiny(images, folder / "one/finished", **SETTINGS | {"epochs": 1, "knn": str(folder / "classes")}))
     (folder / "rank.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, folder / "rank.py", images, folder / "two", repr(SETTINGS), folder / "classes"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [folder / "rank.py", images, folder / "two", repr(SETTINGS), folder / "classes"]
+    for rank in warm.ranks(2, *arguments):
+        done = rank.finished()
+        assert done.returncode == 0, done.stderr[-3000:]
     torch.set_num_threads(threads)
     return folder
 

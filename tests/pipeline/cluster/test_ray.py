@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
-from conftest import photographs, small_parts, tars
+from conftest import photographs, tars
 
 from pipeline.cluster.connect import refuse_paths_of_the_upload
 from shards.verify import verify
@@ -114,14 +115,13 @@ def stop(ray: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def extraction(tmp_path_factory) -> tuple[list, dict[str, str]]:
+def extraction(learned, tmp_path_factory) -> tuple[list, dict[str, str]]:
     """A small extraction, all but its --out, and the files that it gives without Ray."""
     folder = tmp_path_factory.mktemp("extraction")
     small = "--size 32 --samples-per-shard 4 --batch-size 4 --device cpu --precision fp32 --threads 1"
-    photos, parts = photographs(folder / "photos", 10), small_parts(folder / "parts")
-    extract = ["extract", "--images", photos, "--parts", parts, *small.split()]
-    local = ["--out", folder / "local", "--backend", "local"]
-    run(sys.executable, "-m", "pipeline", *extract, *local, env=dict(os.environ))
+    extract = ["extract", "--images", photographs(folder / "photos", 10), "--parts", learned, *small.split()]
+    done = warm.python("-m", "pipeline", *extract, "--out", folder / "local", "--backend", "local").finished()
+    assert done.returncode == 0, done.stderr
     return extract, tars(folder / "local")
 
 

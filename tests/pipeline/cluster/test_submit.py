@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import photographs, small_parts
+from conftest import photographs
 
 from pipeline.cluster.upload import RAY_LEAVES_OUT, check_size, largest, packed
 
@@ -129,11 +129,11 @@ def test_no_cluster_is_one_sentence():
     assert done.stderr.count("\n") == 1
 
 
-def test_the_script_runs_by_its_path_from_any_folder(tmp_path):
+def test_the_script_runs_by_its_path_from_any_folder(learned, tmp_path):
     """In the checkout, and as a copied file that SEMMAE_HOME tells where the packages are."""
-    photos, parts = photographs(tmp_path / "photos", 5), small_parts(tmp_path / "parts")
+    photos = photographs(tmp_path / "photos", 5)
     small = "--size 32 --batch-size 4 --device cpu --precision fp32 --threads 1 --backend local"
-    extract = ["extract", "--images", photos, "--parts", parts, "--out", "shards", *small.split()]
+    extract = ["extract", "--images", photos, "--parts", learned, "--out", "shards", *small.split()]
     copied = shutil.copy(ROOT / "pipeline/cluster/on_cluster.py", tmp_path)
 
     built = command(copied, *extract, cwd=tmp_path, SEMMAE_HOME=str(ROOT))
