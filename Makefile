@@ -1,5 +1,5 @@
-# make venv | demo [IMAGES=DIR] | test | check | fix | lock          TORCH=cpu takes PyTorch's CPU build (needs the internet)
-.PHONY: venv demo test check fix lock
+# make venv | demo [IMAGES=DIR] | test | test-fast (no Ray, processes or learning) | check | fix | lock    TORCH=cpu takes PyTorch's CPU build (needs the internet)
+.PHONY: venv demo test test-fast check fix lock
 .DEFAULT_GOAL := demo
 TORCH ?= $(shell cat .venv/torch 2>/dev/null || echo default)
 PYTHON ?= python3
@@ -31,6 +31,9 @@ demo: venv
 
 test: venv
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+test-fast: venv
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"
 
 check: venv
 	@$(BIN)/ruff format --check .

@@ -27,6 +27,30 @@ torch.set_num_threads(1)  # on these images of 32 pixels a second thread waits l
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles torch, for 10 s
 
+SLOW = {
+    "benchmarks": ("test_bench", "test_gpu", "test_gpu_sections"),
+    "encoders/distill": ("test_from_teacher", "test_monitor", "test_ranks", "test_train"),
+    "evaluate": ("test_rows",),
+    "evaluate/parts": ("test_score",),
+    "partlearn": ("test_decoder", "test_oracle", "test_ranks", "test_train"),
+    "pipeline": ("test_extract", "test_relabel"),
+    "pipeline/cluster": ("test_pool", "test_ray", "test_submit"),
+    "pipeline/figures": ("test_parts_sheet",),
+    "pretrain": ("test_interruption", "test_train"),
+    "shards": ("test_faults",),
+    ".": ("test_end_to_end", "test_wheel"),
+}
+"""Files whose tests start Ray or processes, or learn: `make test-fast` leaves them out, with every test that needs
+learned parts. A single such test in another file is marked where it stands."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    slow = {here / folder / f"{name}.py" for folder, names in SLOW.items() for name in names}
+    for item in items:
+        if item.path in slow or "learned" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
 
 def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledImage]:
     """Images of noise in a class's colour, with random labels and ranks."""

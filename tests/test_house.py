@@ -1,10 +1,12 @@
 """The house: every list that names the rooms names all of them, in the one order of who may import whom."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import SLOW
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -40,3 +42,14 @@ def layers() -> list[str]:
 def test_no_room_is_missing(named):
     assert len(ROOMS) == 8
     assert [room for room in ROOMS if room not in named] == []
+
+
+def test_the_slow_files_are_those_that_exist_and_all_that_start_processes():
+    tests = Path(__file__).parent
+    slow = {tests / folder / f"{name}.py" for folder, names in SLOW.items() for name in names}
+    starts = {
+        path for path in tests.rglob("test_*.py") if re.search("^import (subprocess|warm)$", path.read_text(), re.M)
+    }
+
+    assert [path for path in slow if not path.is_file()] == []
+    assert [path for path in starts - slow if "@pytest.mark.slow" not in path.read_text()] == []

@@ -322,6 +322,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_g3_a_kill_while_a_shard_is_copied_leaves_nothing_that_is_taken_for_whole(mine, original, tmp_path):
     """The store is a pipe here, so that the kill comes in the middle of the copy for certain."""
     tar, cache = mine / "shards/000000.tar", tmp_path / "cache"
@@ -360,6 +361,7 @@ with ShardSet.open(source, cache=cache, cache_bytes=budget) as shards:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_share_one_stage(original, tmp_path):
     budget = two_windows(original)
     command = [sys.executable, "-c", RANK, str(original.path), str(tmp_path), str(budget)]

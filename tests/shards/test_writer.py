@@ -132,6 +132,7 @@ write_shard(Path(sys.argv[1]), 0, killed(), groups=4, plan_digest=sys.argv[2], r
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_next_run_makes_the_same_bytes_and_sweeps(tmp_path):
     def build(folder):
         folder.mkdir(exist_ok=True)
