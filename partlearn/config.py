@@ -17,6 +17,11 @@ PAPER = {
     "target": "pixels",
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
+IN_PYTHON = (
+    *("background", "foreground_share", "where", "relative", "diffusion", "init", "softmax", "target", "style"),
+    *("diversity", "balance", "consistency", "decoder_size"),
+)
+"""Settings without an option: no other value gained anything in any table (RESULTS.md), or --paper sets it."""
 BUILTIN_READS = {"encoder_block": 3, "whiten": 32}
 """What k-means reads best of the encoder `builtin`: its last norm, in fewer directions (encoders/builtin/README.md)."""
 TRUTH = "truth"
@@ -33,20 +38,19 @@ class LearnConfig:
     """Frozen encoder: builtin (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME."""
     encoder_block: int | None = None
-    """Tokens as this block (from 0) reads them, or after the final norm (the number of blocks); unless told, the last
-    block's, and after the norm with builtin."""
+    """Block (from 0) whose input tokens are read; the number of blocks means after the final norm. Default: the last
+    block, and after the norm for builtin."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     num_parts: int = 6
     """Parts to learn."""
     paper: bool = False
-    """The paper's literal form: pixels rebuilt from maps of the whole image, no k-means, no background. Sets
-    --target, --where, --init, --softmax, --relative, --whiten, --diffusion and --background. The foreground's rank
-    alone is not the paper's: its summed maps (--foreground maps) rank below the centre prior."""
+    """The paper's literal form: pixels rebuilt from maps of the whole image, which start at the encoder's heads; no
+    k-means, no whitening, no background."""
     background: bool = True
     """One more label, for cells outside the foreground."""
     foreground_share: float | None = None
-    """Share of an image's cells that counts as foreground; unless told, Otsu's threshold decides in each image."""
+    """Share of an image's cells that counts as foreground. Default: Otsu's threshold decides in each image."""
     foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] = "contrast"
     """What ranks the foreground: likeness of tokens to the object's mean rather than the ground's, both found from the
     border; distance to the border's mean; their first principal component; a normalised cut of their graph; class
@@ -56,8 +60,7 @@ class LearnConfig:
     relative: bool = True
     """Tokens minus the image's mean (foreground) token, so that parts do not become classes."""
     whiten: int | None = None
-    """Leading directions of the tokens that are read, each with the same variance; 0 = all as they are. Unless told
-    64 (or all, of fewer), and 32 with builtin."""
+    """Number of whitened principal components; 0 disables whitening. Default: 64 (32 for builtin)."""
     diffusion: int = 3
     """Rounds in which a cell's token becomes the mean of its image's cells like it; 0 = none."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
@@ -76,22 +79,28 @@ class LearnConfig:
     """Weight of the labels' agreement between two crops of an image, mirrored and in other colours; each step then
     looks twice (--crops 0)."""
     crops: int | None = None
-    """Fixed crops an image, their tokens kept in memory; 0 = fresh crops every step (slower, for large sets). Unless
-    told, 4 where steps are taken, and else 0."""
+    """Crops of each image whose tokens are kept in memory; 0 takes fresh crops every step (slower, for large sets).
+    Default: 4 where steps are taken, otherwise 0."""
     steps: int | None = None
-    """Updates; unless told, none from the k-means start (none gained anything that was measured) and else 1,000."""
+    """Updates. Default: none after the k-means start (none gained anything that was measured), otherwise 1,000."""
     batch_size: int = 64
     """Images a step."""
     base_lr: float = 4e-3
     """Learning rate at 256 images a step; scales with the batch."""
-    decoder_size: int = 112
-    """Side of the rebuilt image in pixels (target pixels): the grid's side times a power of two."""
+    decoder_size: int | None = None
+    """Side of the rebuilt image in pixels (target pixels): the grid's side times a power of two.
+    Default: times four."""
     seed: int = 0
     """The one seed of the run."""
     run: RunConfig
 
     def __post_init__(self):
         for name, value in PAPER.items() if self.paper else ():
+            asked = getattr(self, name)
+            if asked not in (value, type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"--paper means {name} {value}, and {name} {asked} was asked for beside it; drop one of the two"
+                )
             object.__setattr__(self, name, value)
         for name, value in BUILTIN_READS.items() if self.encoder == "builtin" and self.init == "kmeans" else ():
             if getattr(self, name) is None:
@@ -120,21 +129,32 @@ class LearnConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        scale = self.decoder_size / self.grid
+        if self.decoder_size is None:
+            object.__setattr__(self, "decoder_size", 4 * self.grid)
+        scale = self.rebuilt_size / self.grid
         if self.target != "features" and scale not in (1, 2, 4, 8, 16):
-            raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.decoder_size}")
+            raise ValueError(f"decoder_size must be grid {self.grid} times 1, 2, 4, 8 or 16, got {self.rebuilt_size}")
         if self.init != "kmeans" and (self.relative or self.whiten or self.diffusion):
             raise ValueError(
-                f"--init {self.init} reads the encoder's own tokens; add --no-relative --whiten 0 --diffusion 0"
+                f"init {self.init} reads the encoder's own tokens; with it, set relative to False, whiten and "
+                "diffusion to 0"
             )
         if self.foreground == "maps" and self.where == "foreground":
-            raise ValueError("--foreground maps needs maps learned everywhere; add --where everywhere")
+            raise ValueError(
+                "--foreground maps needs maps learned everywhere; with it, take --paper, or set where to everywhere"
+            )
 
     @property
     def updates(self) -> int:
         """`steps`, resolved."""
         assert self.steps is not None
         return self.steps
+
+    @property
+    def rebuilt_size(self) -> int:
+        """`decoder_size`, resolved."""
+        assert self.decoder_size is not None
+        return self.decoder_size
 
     @property
     def directions(self) -> int:

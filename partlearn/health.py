@@ -47,17 +47,17 @@ def warnings_of(figures: dict[str, float], parts: int, *, trained: bool) -> list
         trained: Steps were taken, so that the weights of the loss matter.
     """
     another = "read another --encoder-block"
-    used, apart = ("raise --balance", "raise --diversity") if trained else (another, another)
+    used, apart = ("raise `balance`", "raise `diversity`") if trained else (another, another)
     areas = [figures.get(f"area_{part}", 1.0) for part in range(parts)]
     found = [
-        f"part {part} covers {area:.2%} of the cells: it has vanished; ask for fewer --parts, or {used}"
+        f"part {part} covers {area:.2%} of the cells: it has vanished; ask for fewer --num-parts, or {used}"
         for part, area in enumerate(areas)
         if area < IGNORED / parts
     ]
     if figures.get("largest_share", 0.0) > COLLAPSED:
         found.append(
             f"the largest part covers {figures['largest_share']:.0%} of an image's cells: the tokens of an image are "
-            "alike; read another --encoder-block, or lower --diffusion"
+            "alike; read another --encoder-block, or lower `diffusion`"
         )
     if figures.get("cosine", 0.0) > ALIKE:
         found.append(

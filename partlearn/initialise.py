@@ -36,11 +36,11 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, crops: To
             if isinstance(encoder.model, Eva):
                 raise ValueError(
                     f"the heads of {config.encoder} turn their queries and keys by position, and part queries have "
-                    "none; take --init kmeans or random"
+                    "none; take init kmeans or random"
                 )
             if encoder.block == encoder.depth:
                 raise ValueError(
-                    f"--init heads needs a block that reads the tokens, and none follows block {encoder.depth - 1}; "
+                    f"init heads needs a block that reads the tokens, and none follows block {encoder.depth - 1}; "
                     "lower --encoder-block"
                 )
             attention.start_at_heads(encoder.blocks[encoder.block].attn, generator)

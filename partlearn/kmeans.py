@@ -23,7 +23,7 @@ def spherical_kmeans(
     """
     if len(points) < count:
         raise ValueError(
-            f"k-means of {count} parts needs as many cells, and there are {len(points)}; ask for fewer --parts, or "
+            f"k-means of {count} parts needs as many cells, and there are {len(points)}; ask for fewer --num-parts, or "
             "give more images or a finer --grid"
         )
     found = [_settled(points, _spread(points, count, generator), rounds) for _ in range(starts)]

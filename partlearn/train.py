@@ -169,7 +169,7 @@ def parts_loss(
         terms["psnr"] = -10 * math.log10(max(missed.item(), 1e-9))
     if config.target != "features":
         square = maps.unflatten(2, (config.grid, config.grid))
-        image = image_target(view, config.decoder_size, encoder)
+        image = image_target(view, config.rebuilt_size, encoder)
         known = view.tokens.class_token
         with autocast(image.device, config.run.precision):
             rebuilt = learner.decoder(square, known if config.style == "class" else torch.zeros_like(known))
@@ -228,7 +228,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         diffusion=config.diffusion,
         softmax=config.softmax,
         target=config.target,
-        decoder_size=config.decoder_size,
+        decoder_size=config.rebuilt_size,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -11,16 +11,16 @@ import tyro
 
 from encoders.distill.config import EncoderConfig
 from evaluate.config import KnnConfig, ProbeConfig
-from partlearn.config import ExtractConfig, LearnConfig
+from partlearn.config import IN_PYTHON, ExtractConfig, LearnConfig
 from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
-from pretrain.config import PretrainConfig
+from pipeline.help import fields_of, made, options, overview
+from pretrain.config import FREE, METHOD, PretrainConfig
 
-Plain = tyro.conf.arg(name="")
 Backend = Annotated[Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")]
 Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")]
 
 
-def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
+def encoder(config: Annotated[Any, options(EncoderConfig)]) -> None:
     """Train a small ViT on a folder of images: by self-distillation (DINO + iBOT), or from a larger encoder.
 
     For domains without a ready or a fast encoder. For example:
@@ -29,10 +29,14 @@ def encoder(config: Annotated[EncoderConfig, Plain]) -> None:
     """
     from encoders.distill.train import distill
 
-    _say(distill(config))
+    _say(distill(made(config)))
 
 
-def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
+def learn_parts(
+    config: Annotated[Any, options(LearnConfig, hidden=(*IN_PYTHON, "checkpoint_minutes"))],
+    backend: Backend = "local",
+    num_workers: Workers = 1,
+) -> None:
     """Learn part maps from a frozen encoder's tokens.
 
     For example:
@@ -40,6 +44,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
     """
     from partlearn.train import learn
 
+    config = made(config)
     _train(learn, config, backend, num_workers)
     if _is_main():
         from pipeline.figures.parts_sheet import show_parts
@@ -47,7 +52,7 @@ def learn_parts(config: Annotated[LearnConfig, Plain], backend: Backend = "local
         show_parts(config)
 
 
-def extract(config: Annotated[ExtractConfig, Plain]) -> None:
+def extract(config: Annotated[Any, options(ExtractConfig)]) -> None:
     """Write part labels and foreground ranks beside every image, into WebDataset shards.
 
     Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. For example:
@@ -56,11 +61,12 @@ def extract(config: Annotated[ExtractConfig, Plain]) -> None:
     """
     from pipeline.extract import extract as build
 
+    config = made(config)
     info = build(config)
     print(f"{config.run.out}: {info['samples']:,} images in {len(info['shards'])} shards, {info['rejected']} rejected")
 
 
-def verify(config: Annotated[VerifyConfig, Plain]) -> None:
+def verify(config: Annotated[Any, options(VerifyConfig)]) -> None:
     """Check a shard set: sizes (fast), digests (hash), or every byte, label and image (deep).
 
     For example:
@@ -68,23 +74,38 @@ def verify(config: Annotated[VerifyConfig, Plain]) -> None:
     """
     from pipeline.verify import verify as check
 
-    check(config)
+    check(made(config))
 
 
-def pretrain(config: Annotated[PretrainConfig, Plain], backend: Backend = "local", num_workers: Workers = 1) -> None:
+def pretrain(
+    config: Annotated[Any, options(PretrainConfig, open_=METHOD + FREE)],
+    backend: Backend = "local",
+    num_workers: Workers = 1,
+) -> None:
     """Pretrain a masked autoencoder on a shard set.
 
     For example:
       semmae pretrain --data runs/shards --masking semmae --out runs/semmae
-      torchrun --nproc-per-node 8 -m pipeline pretrain --data /data/shards --masking semmae --batch-size 4096 --out /runs/semmae
+      torchrun --nproc-per-node 8 -m pipeline pretrain --preset semmae-b16 --data /data/shards --out /runs/semmae
       semmae pretrain --data /data/shards --out /runs/semmae --backend ray --num-workers 16
     """
+    from pretrain.presets import settled
     from pretrain.train import pretrain as train
+    from training.device import pick_device
 
+    asked_for = fields_of(config)
+    run = asked_for.pop("run")
+    if backend == "ray":
+        from pipeline.cluster.connect import has_gpus
+
+        cuda = has_gpus()
+    else:
+        cuda = pick_device(run.device).type == "cuda"
+    config = settled(asked_for, run, cuda=cuda, main=_is_main())
     _train(train, config, backend, num_workers)
 
 
-def knn(config: Annotated[KnnConfig, Plain]) -> None:
+def knn(config: Annotated[Any, options(KnnConfig)]) -> None:
     """Classify by the nearest neighbours of frozen features (DINO's weighted k-NN).
 
     For example:
@@ -92,10 +113,10 @@ def knn(config: Annotated[KnnConfig, Plain]) -> None:
     """
     from evaluate.knn import knn as evaluate
 
-    _rows(evaluate(config))
+    _rows(evaluate(made(config)))
 
 
-def probe(config: Annotated[ProbeConfig, Plain]) -> None:
+def probe(config: Annotated[Any, options(ProbeConfig)]) -> None:
     """Train a linear classifier on frozen features (MAE's linear probe).
 
     For example:
@@ -103,10 +124,10 @@ def probe(config: Annotated[ProbeConfig, Plain]) -> None:
     """
     from evaluate.linear import probe as evaluate
 
-    _rows(evaluate(config))
+    _rows(evaluate(made(config)))
 
 
-def bench(config: Annotated[BenchConfig, Plain]) -> None:
+def bench(config: Annotated[Any, options(BenchConfig)]) -> None:
     """Measure this machine: `loader`, `extract`, `learn` or `gpu`, medians and quartiles.
 
     Blocks of time that other processes disturbed are not counted. For example:
@@ -116,10 +137,10 @@ def bench(config: Annotated[BenchConfig, Plain]) -> None:
     """
     from pipeline.bench import bench as measure
 
-    measure(config)
+    measure(made(config))
 
 
-def submit(config: Annotated[SubmitConfig, Plain]) -> None:
+def submit(config: Annotated[Any, options(SubmitConfig)]) -> None:
     """Run a verb on a Ray cluster: weigh this checkout, send it as a job, follow its log; 0 when the job succeeded.
 
     With token authentication, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names the token. For example:
@@ -127,10 +148,10 @@ def submit(config: Annotated[SubmitConfig, Plain]) -> None:
     """
     from pipeline.cluster.submit import submit as send
 
-    send(config)
+    send(made(config))
 
 
-def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
+def score_parts(config: Annotated[Any, options(ScorePartsConfig)]) -> None:
     """Score part labels on images whose parts are known, beside baselines and shortcuts.
 
     For example:
@@ -138,10 +159,10 @@ def score_parts(config: Annotated[ScorePartsConfig, Plain]) -> None:
     """
     from pipeline.score_parts import score_parts as score
 
-    score(config)
+    score(made(config))
 
 
-def demo(config: Annotated[DemoConfig, Plain]) -> None:
+def demo(config: Annotated[Any, options(DemoConfig)]) -> None:
     """The whole job, small: encoder, parts, shards, two pretrainings, evaluation, a table and an image sheet.
 
     For example:
@@ -150,7 +171,7 @@ def demo(config: Annotated[DemoConfig, Plain]) -> None:
     """
     from pipeline.demo import demo as run
 
-    run(config)
+    run(made(config))
 
 
 VERBS = {
@@ -175,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Waiting threads sleep instead of spinning: on a shared machine spinning made a run twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        if arguments in (["--help"], ["-h"]):
+            print(overview(VERBS))
+            return 0
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             args=arguments,
@@ -182,6 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
             description="Semantic-guided masking for masked autoencoders, from images to numbers.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
+    except BrokenPipeError:  # as in `semmae --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "interrupted; the same command goes on from the last checkpoint or shard, if one was written",

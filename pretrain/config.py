@@ -26,6 +26,15 @@ class StreamRun(RunConfig):
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
+METHOD = (
+    *("masking", "mask_ratio", "gamma", "keep_share", "patch", "embed_dim", "depth", "heads"),
+    *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
+)
+"""What a preset fixes."""
+FREE = ("epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
+"""What a preset proposes, and what may stand beside it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
     """A masked autoencoder on a shard set. The paper's runs: 800 epochs, batch 4,096, patch 16 with every patch, or
@@ -35,6 +44,9 @@ class PretrainConfig:
     """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --cache."""
     labels: str | None = None
     """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/; its own unless told."""
+    preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
+    """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
+    Default: a model and a schedule that fit the set and the machine."""
     masking: Literal["semmae", "random"] = "semmae"
     """semmae: from three quarters of every part to three quarters of the parts. random: MAE's."""
     mask_ratio: float = 0.75

@@ -23,7 +23,7 @@ from training.device import autocast, pick_device, plain_attention_on_cpu
 from training.loop import train
 from training.parallel import gradients_stay_here, on_ranks
 from training.run_folder import opened
-from training.schedule import learning_rate
+from training.schedule import learning_rate, warn_of_a_long_warmup
 from training.task import Task
 
 LOG_EVERY = 10
@@ -79,6 +79,8 @@ class Pretraining(Task):
         self.config, self.shards = config, shards
         self.name, self.batch_size = f"pretrain {config.masking}", config.batch_size
         self.total = math.ceil(config.epochs * len(shards) / config.batch_size)
+        self.warmup_steps = round(config.warmup_epochs * len(shards) / config.batch_size)
+        warn_of_a_long_warmup(self.warmup_steps, self.total)
         self.device = pick_device(config.run.device)
         if self.device.type == "cuda":
             torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
@@ -100,13 +102,8 @@ class Pretraining(Task):
         )
 
     def rate(self, step: int) -> float:
-        config = self.config
-        return learning_rate(
-            step,
-            peak=config.base_lr * config.batch_size / 256,
-            warmup_steps=round(config.warmup_epochs * len(self.shards) / config.batch_size),
-            total_steps=self.total,
-        )
+        peak = self.config.base_lr * self.batch_size / 256
+        return learning_rate(step, peak=peak, warmup_steps=self.warmup_steps, total_steps=self.total)
 
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """MAE's loss is a mean over images, each with as many masked patches: a micro-batch weighs as its images do."""

@@ -1,6 +1,9 @@
 """The learning rate as a pure function of the step."""
 
 import math
+import sys
+
+from training import distributed
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
@@ -20,3 +23,13 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 def cosine(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` at progress 0 to `end` at progress 1; DINO's teacher momentum follows it."""
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def warn_of_a_long_warmup(warmup_steps: int, total_steps: int) -> None:
+    """One line on stderr where half a run or more is warm-up: its learning rate hardly falls, or never rises."""
+    if total_steps and 2 * warmup_steps >= total_steps and distributed.is_main():
+        print(
+            f"the learning rate rises for {warmup_steps:,} of {total_steps:,} steps; lower --warmup-epochs, or raise "
+            "--epochs",
+            file=sys.stderr,
+        )

@@ -28,7 +28,7 @@ from training.device import pick_device, plain_attention_on_cpu
 from training.loop import train
 from training.metrics import last_figures
 from training.run_folder import opened
-from training.schedule import learning_rate
+from training.schedule import learning_rate, warn_of_a_long_warmup
 from training.task import Task
 
 COLLAPSED = 0.02
@@ -82,6 +82,8 @@ class Distillation(Task):
                 f"{config.epochs} epochs of {count} images make no batch of {config.batch_size}; "
                 "lower --batch-size or raise --epochs"
             )
+        self.warmup_steps = round(config.warmup_epochs * self.total / max(1, config.epochs))
+        warn_of_a_long_warmup(self.warmup_steps, self.total)
         self.device = pick_device(config.run.device)
         self.objective = new_objective(config, self.device)
         plain_attention_on_cpu(self.objective, self.device)
@@ -95,7 +97,7 @@ class Distillation(Task):
         return learning_rate(
             step,
             peak=self.config.base_lr * self.batch_size / 256,
-            warmup_steps=round(self.config.warmup_epochs * self.total / self.config.epochs),
+            warmup_steps=self.warmup_steps,
             total_steps=self.total,
             final=1e-6,
         )

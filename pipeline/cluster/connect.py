@@ -29,12 +29,19 @@ def refuse_paths_of_the_upload(*paths: Path) -> None:
             )
 
 
+def has_gpus() -> bool:
+    """Whether the cluster has any GPU; joins it first."""
+    import ray
+
+    connect()
+    return bool(ray.cluster_resources().get("GPU"))
+
+
 def train_on_ray(function: Callable[[Any], Any], config: Any, *, num_workers: int) -> None:
     """Run `function(config)` on `num_workers` Ray Train workers, one GPU each where the cluster has them.
 
     The workers find a joined process group, exactly as under torchrun.
     """
-    import ray
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -42,6 +49,5 @@ def train_on_ray(function: Callable[[Any], Any], config: Any, *, num_workers: in
         function(loop_config["config"])
 
     refuse_paths_of_the_upload(config.run.out)
-    connect()
-    scaling: Any = ScalingConfig(num_workers=num_workers, use_gpu=bool(ray.cluster_resources().get("GPU")))
+    scaling: Any = ScalingConfig(num_workers=num_workers, use_gpu=has_gpus())
     TorchTrainer(worker, train_loop_config={"config": config}, scaling_config=scaling).fit()

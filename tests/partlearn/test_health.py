@@ -40,7 +40,7 @@ def test_a_part_is_held_against_an_even_share_and_not_against_one_percent():
     assert figures["parts_used"] == 128
     assert warnings_of(figures, 128, trained=True) == []
     assert warnings_of(figures | {"area_5": 0.0004}, 128, trained=True) == [
-        "part 5 covers 0.04% of the cells: it has vanished; ask for fewer --parts, or raise --balance"
+        "part 5 covers 0.04% of the cells: it has vanished; ask for fewer --num-parts, or raise `balance`"
     ]
 
 
@@ -48,10 +48,10 @@ def test_where_no_step_was_taken_no_weight_of_the_loss_is_the_remedy():
     maps = maps_of(quarters().clamp(max=2))
     alike = torch.full((2, 4, 64), 0.25)
 
-    assert "ask for fewer --parts, or read another --encoder-block" in said(maps, trained=False)
+    assert "ask for fewer --num-parts, or read another --encoder-block" in said(maps, trained=False)
     assert "start from k-means, or read another --encoder-block" in said(alike, trained=False)
-    assert "--balance" in said(maps)
-    assert "--diversity" in said(alike)
+    assert "`balance`" in said(maps)
+    assert "`diversity`" in said(alike)
 
 
 def test_a_part_that_takes_all_is_told():

@@ -17,8 +17,18 @@ FLAGS = (
     "--encoder random:vit_tiny_patch16_224 --grid 4 --num-parts 3 --batch-size 4 --steps 4 --device cpu "
     "--precision fp32"
 )
-PAPER = "--paper --crops 0 --decoder-size 8"
-FEATURES = "--crops 0 --balance 0"
+FORMS = {"paper": {"paper": True}, "features": {"balance": 0.0}}
+"""The balance of the parts is the one term that is each rank's own."""
+LEARN = """
+import sys
+from pathlib import Path
+from partlearn.config import LearnConfig
+from partlearn.train import learn
+from training.config import RunConfig
+run = RunConfig(out=Path(sys.argv[2]), device="cpu", precision="fp32")
+encoder, settings = "random:vit_tiny_patch16_224", {"grid": 4, "num_parts": 3, "batch_size": 4, "steps": 4, "crops": 0}
+learn(LearnConfig(images=sys.argv[1], encoder=encoder, run=run, **settings, **eval(sys.argv[3])))
+"""
 ROUNDING = {"paper": ("convs.0.bias", "convs.1.bias"), "features": ()}
 """AdaIN takes those biases away: their gradient is rounding, which Adam blows up to whole steps."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,11 +39,11 @@ def learn_parts(flags: str, images: Path, out: Path) -> list[str]:
     return [*call, *FLAGS.split(), *flags.split()]
 
 
-@pytest.mark.parametrize(("target", "flags"), [("paper", PAPER), ("features", FEATURES)])
-def test_two_ranks_equal_one_on_the_joined_batch(target, flags, tmp_path):
-    images = photographs(tmp_path / "photos", 6)
-    runs = [warm.python(*learn_parts(flags, images, tmp_path / "one"))]
-    runs += warm.ranks(2, *learn_parts(flags, images, tmp_path / "two"))
+@pytest.mark.parametrize("target", FORMS)
+def test_two_ranks_equal_one_on_the_joined_batch(target, tmp_path):
+    images, form = photographs(tmp_path / "photos", 6), repr(FORMS[target])
+    runs = [warm.python("-c", LEARN, images, tmp_path / "one", form)]
+    runs += warm.ranks(2, "-c", LEARN, images, tmp_path / "two", form)
     for run in runs:
         done = run.finished()
         assert done.returncode == 0, done.stderr[-3000:]

@@ -144,8 +144,8 @@ def test_views_that_do_not_fit_in_memory_are_refused(photos, tmp_path):
     [
         ({"num_parts": 1}, "parts must lie between 2 and 255"),
         ({"foreground_share": 0.0}, "foreground_share must lie in"),
-        ({"init": "heads"}, "add --no-relative --whiten 0 --diffusion 0"),
-        ({"foreground": "maps"}, "add --where everywhere"),
+        ({"init": "heads"}, "with it, set relative to False, whiten and diffusion to 0"),
+        ({"foreground": "maps"}, "take --paper, or set where to everywhere"),
         ({"target": "pixels", "decoder_size": 9}, "decoder_size must be grid 4 times"),
         ({"encoder_block": 13}, "encoder_block must lie between 0 and 12"),
     ],
@@ -230,8 +230,8 @@ def test_a_part_that_vanishes_is_told_of(photos, tmp_path, capsys):
     learn(config(photos, tmp_path / "run", num_parts=40, steps=0))
 
     told = capsys.readouterr().err
-    assert "it has vanished; ask for fewer --parts, or read another --encoder-block" in told
-    assert "--balance" not in told
+    assert "it has vanished; ask for fewer --num-parts, or read another --encoder-block" in told
+    assert "`balance`" not in told
 
 
 @pytest.mark.parametrize("steps", [0, 14])

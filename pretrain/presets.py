@@ -1,0 +1,181 @@
+"""Named pretrainings, and what a pretraining without a name follows from: its set and its machine."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import FREE, METHOD, PretrainConfig, StreamRun
+from shards.atomic import read_json
+from shards.shard_set import ShardSet
+
+PASSES = 30_000
+"""Images that a pretraining takes on a CPU unless told: about five minutes of `tiny` at 224 px on two cores."""
+
+LARGE = 200_000
+"""Images from which on ViT-B is chosen on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetShape:
+    """What the choice depends on: images in the set, their side in pixels, and the side of its label grid."""
+
+    images: int
+    size: int
+    grid: int
+
+
+Settings = dict[str, Any]
+
+
+def tiny(set_: SetShape) -> Settings:
+    """A laptop, minutes: a ViT of 6 blocks, 192 wide, with semantic masking.
+
+    Command: semmae pretrain --preset tiny --data runs/shards --out runs/tiny
+    Hardware: two CPU cores, 2 GB.
+    Hours: 0.1 at 224 px, whatever the set's size: 30,000 images are taken.
+    Expect: features above those of an untrained encoder; it is a first look, no result.
+    """
+    model = {"embed_dim": 192, "depth": 6, "heads": 3, "decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
+    epochs = max(1, round(PASSES / set_.images))
+    schedule = {"epochs": epochs, "batch_size": 64, "base_lr": 2e-3, "warmup_epochs": epochs / 20}
+    return {"patch": patch_of(set_), **model, **schedule}
+
+
+def small(set_: SetShape) -> Settings:
+    """One GPU, hours: ViT-S with a decoder of 4 blocks and semantic masking.
+
+    Command: semmae pretrain --preset small --data /data/shards --out /runs/small
+    Hardware: one GPU of 16 GB.
+    Hours: not yet measured by us.
+    Expect: not yet run by us; compare it with the same command and --masking random.
+    """
+    model = {"embed_dim": 384, "depth": 12, "heads": 6, "decoder_dim": 256, "decoder_depth": 4, "decoder_heads": 8}
+    schedule = {"epochs": 400, "batch_size": 512, "base_lr": 5e-4, "warmup_epochs": 20.0}
+    return {"patch": patch_of(set_), **model, **schedule}
+
+
+def mae_b16(set_: SetShape) -> Settings:
+    """MAE's own ViT-B/16 (arXiv:2111.06377): random masks, random resized crops.
+
+    Command: torchrun --nproc-per-node 8 -m pipeline pretrain --preset mae-b16 --data /data/shards --out /runs/mae
+    Hardware: 8 GPUs of 80 GB, or more with --micro-batch.
+    Hours: not yet measured by us.
+    Expect: on ImageNet, fine-tuned 83.3, linear probe 65.1 (other people's MAE of 800 epochs); not yet run by us.
+    """
+    return {"masking": "random", "crop_scale": 0.2}
+
+
+def semmae_b16(set_: SetShape) -> Settings:
+    """SemMAE's ViT-B/16 (arXiv:2206.10207): gamma 2, all patches, 800 epochs.
+
+    Command: torchrun --nproc-per-node 8 -m pipeline pretrain --preset semmae-b16 --data /data/shards --out /runs/semmae
+    Hardware: 8 GPUs of 80 GB, or more with --micro-batch.
+    Hours: not yet measured by us.
+    Expect: on ImageNet, fine-tuned 83.34, linear probe 65.0 (the paper); not yet run by us.
+    """
+    return {}
+
+
+def semmae_b8_foreground(set_: SetShape) -> Settings:
+    """SemMAE's ViT-B/8 on the quarter of the patches that is best in foreground (arXiv:2206.10207).
+
+    Command: torchrun --nproc-per-node 8 -m pipeline pretrain --preset semmae-b8-foreground --data /data/shards \\
+        --out /runs/semmae-b8
+    Hardware: 8 GPUs of 80 GB, or more with --micro-batch.
+    Hours: not yet measured by us.
+    Expect: on ImageNet, fine-tuned 84.5, linear probe on the kept tokens 68.7 (the paper); not yet run by us.
+    """
+    return {"patch": 8, "keep_share": 0.25}
+
+
+PRESETS: dict[str, Callable[[SetShape], Settings]] = {
+    "tiny": tiny,
+    "small": small,
+    "mae-b16": mae_b16,
+    "semmae-b16": semmae_b16,
+    "semmae-b8-foreground": semmae_b8_foreground,
+}
+
+
+def settled(asked: Settings, run: StreamRun, *, cuda: bool, main: bool = True) -> PretrainConfig:
+    """The config of a pretraining: what was asked for, then what its run folder began with, then its preset, then what
+    follows from the set and the machine.
+
+    Every rank finds the same: the choice depends on the set, and on whether there is a GPU.
+
+    Args:
+        asked: Fields of PretrainConfig but `run`; None where nothing was asked.
+        main: Say on stderr what was chosen.
+
+    Raises:
+        ValueError: A setting is asked for that the preset fixes otherwise.
+        FileNotFoundError, ShardError: See `ShardSet.open`.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    begun = _begun(run.out)
+    if begun:
+        return PretrainConfig(**(begun | given), run=run)
+    bytes_ = int(run.cache_gb * 1e9)
+    with ShardSet.open(given["data"], labels=given.get("labels"), cache=run.cache, cache_bytes=bytes_) as shards:
+        set_ = SetShape(len(shards), shards.size, shards.grid)
+    if given.get("preset"):
+        name = given["preset"]
+        chosen = PRESETS[name](set_)
+        _refuse_contradictions(name, defaults() | chosen, given)
+    else:
+        name = "tiny" if not cuda else "small" if set_.images < LARGE else "semmae-b16"
+        chosen = PRESETS[name](set_) | {"patch": patch_of(set_)}
+        if main:
+            _say(name, "a GPU" if cuda else "no GPU", set_, defaults() | chosen | given)
+    return PretrainConfig(**(chosen | given), run=run)
+
+
+def patch_of(set_: SetShape) -> int:
+    """The largest patch, up to 16 pixels, that divides the images into eight or more a side, and whose side divides the
+    label grid; the finest there is, where none gives eight.
+
+    Raises:
+        ValueError: No patch does.
+    """
+    fit = [patch for patch in range(1, 17) if set_.size % patch == 0 and set_.grid % (set_.size // patch) == 0]
+    if not fit:
+        raise ValueError(
+            f"no patch of up to 16 pixels divides images of {set_.size} px on sides that divide {set_.grid} cells; "
+            "pass --patch, or extract with another --grid"
+        )
+    return max((patch for patch in fit if set_.size // patch >= 8), default=min(fit))
+
+
+def defaults() -> Settings:
+    """What a PretrainConfig says of METHOD and FREE when nobody says anything."""
+    return {one.name: one.default for one in fields(PretrainConfig) if one.name in METHOD + FREE}
+
+
+def _begun(out: Path) -> Settings:
+    """The settings that the run folder began with; nothing where it is new."""
+    if not (out / "config.json").is_file():
+        return {}
+    written = read_json(out / "config.json")
+    names = {one.name for one in fields(PretrainConfig)} - {"run"}
+    return {name: value for name, value in written.items() if name in names}
+
+
+def _refuse_contradictions(name: str, fixed: Settings, given: Settings) -> None:
+    for field in METHOD:
+        if field in given and given[field] != fixed[field]:
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(
+                f"--preset {name} fixes {flag} {fixed[field]}, and {flag} {given[field]} was asked for beside it; drop "
+                "one of the two"
+            )
+
+
+def _say(name: str, why: str, set_: SetShape, chosen: Settings) -> None:
+    print(
+        f"{set_.images:,} images of {set_.size} px and {why}: the model of --preset {name} ({chosen['depth']} blocks, "
+        f"{chosen['embed_dim']} wide, patch {chosen['patch']}), {chosen['epochs']} epochs in batches of "
+        f"{chosen['batch_size']}; flags change it, and this folder keeps it",
+        file=sys.stderr,
+    )

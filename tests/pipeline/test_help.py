@@ -1,0 +1,89 @@
+"""Help: short at the top, whole sentences below, and no word when nobody reads on."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import VERBS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def help_of(verb: str, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_overview_is_a_line_a_verb(capsys):
+    assert main(["--help"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    for verb in VERBS:
+        assert sum(line.startswith(f"  {verb} ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_breaks_in_mid_sentence(verb, capsys, monkeypatch):
+    shown = [line.strip("│| ") for line in help_of(verb, capsys, monkeypatch).partition("options")[2].splitlines()]
+
+    broken = [
+        line
+        for line, after in pairwise(shown)
+        if len(line) < 120 and " " in line and line[-1].isalpha() and not line.startswith("-") and after[:1].isalnum()
+    ]
+    assert len(shown) > 5
+    assert broken == []
+
+
+def test_learn_parts_names_twenty_options(capsys, monkeypatch):
+    options = set(re.findall(r"^\W*(--[a-z][a-z-]*)", help_of("learn-parts", capsys, monkeypatch), flags=re.M))
+
+    assert len(options) <= 20
+    assert {"--images", "--encoder", "--num-parts", "--paper", "--out"} <= options
+
+
+def test_a_setting_that_is_pythons_alone_has_no_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["learn-parts", "--images", "x", "--encoder", "builtin", "--out", "y", "--style", "nothing"])
+
+    assert ended.value.code == 2
+    assert "--style" in capsys.readouterr().err
+
+
+def test_paper_beside_what_contradicts_it_is_refused(capsys, tmp_path):
+    code = main(
+        [
+            "learn-parts",
+            "--images",
+            "x",
+            "--encoder",
+            "builtin",
+            "--out",
+            str(tmp_path / "y"),
+            "--paper",
+            "--whiten",
+            "9",
+        ]
+    )
+
+    assert code == 2
+    assert "--paper means whiten 0, and whiten 9 was asked for beside it" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_who_stops_reading_hears_nothing():
+    for verb in ([], ["pretrain"]):
+        line = f"{sys.executable} -m pipeline {' '.join(verb)} --help | head -1"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True)
+
+        assert done.stderr == ""
+        assert done.stdout.startswith("usage: semmae")
