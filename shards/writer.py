@@ -70,6 +70,13 @@ def write_shard(
     return committed
 
 
+def header_of(name: str, size: int) -> bytes:
+    """The header of a member: a function of its name and size alone."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
 class _TarWriter:
     """USTAR members whose headers depend on name and size alone; counts and hashes as it goes."""
 
@@ -78,9 +85,7 @@ class _TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member; returns the offset of its first byte."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = len(data), 0o444
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(header_of(name, len(data)))
         at = self.offset
         self._write(data + bytes(-len(data) % BLOCK))
         return at

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 from conftest import write_set
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shards.atomic import read_json, write_json
@@ -46,6 +46,7 @@ def test_a_flipped_bit_is_found_and_named(member, make_shards):
 
 @settings(deadline=None, max_examples=30)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@example(place=0.44193909680516313, bit=0)  # the last byte of a header's checksum, which tarfile overlooks
 def test_any_bit_of_a_member_is_found_and_its_sample_named(whole, place, bit):
     tar = shard_paths(whole, 1)[0]
     data = tar.read_bytes()
