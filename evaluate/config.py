@@ -18,11 +18,11 @@ class FeatureConfig:
     images: str = ""
     """Instead of a shard set: images in class folders."""
     val_data: str = ""
-    """Shard set of the test split; without one, every fifth image in a seeded order is held out."""
+    """Shard set of the test split; Default: every fifth image in a seeded order is held out."""
     val_images: str = ""
     """Instead of a shard set: images of the test split in class folders."""
     size: int | None = None
-    """Side of the encoder's input in pixels; its own unless told."""
+    """Side of the encoder's input in pixels. Default: its own."""
     tokens: Literal["full", "kept"] = "full"
     """full: every patch. kept: the quarter of patches best in the foreground rank (shard sets only)."""
     pool: Literal["class", "mean"] = "class"
@@ -81,7 +81,7 @@ class ProbeConfig(FeatureConfig):
     warmup_epochs: float = 10.0
     """Epochs of rising learning rate."""
     probe_batch: int | None = None
-    """Features a step; MAE's 16,384 unless told; below 10,000 images 256, at the rate of 16,384."""
+    """Features a step. Default: MAE's 16,384; below 10,000 images 256, at the rate of 16,384."""
 
     def __post_init__(self):
         FeatureConfig.__post_init__(self)

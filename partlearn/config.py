@@ -183,9 +183,9 @@ class ExtractConfig:
     FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0, 255) beside
     FOLDER/images/NAME.jpg."""
     encoder: str | None = None
-    """Frozen encoder; the one the parts were learned on unless told (it must be that same one)."""
+    """Frozen encoder. Default: the one the parts were learned on, which it must be."""
     encoder_block: int | None = None
-    """Of a baseline: the block (from 0) whose tokens are read; the last unless told."""
+    """Of a baseline: the block (from 0) whose tokens are read. Default: the last."""
     num_parts: int = 6
     """Of a baseline: parts (heads: as many as there are)."""
     size: int = 224
@@ -193,7 +193,7 @@ class ExtractConfig:
     quality: int = 90
     """Quality of the stored JPEG."""
     grid: int | None = None
-    """Cells a side of the labels; unless told, the part learner's own, and 28 of baselines and truth."""
+    """Cells a side of the labels. Default: the part learner's own; 28 for baselines and truth."""
     attention: bool = False
     """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and image."""
     samples_per_shard: int = 2048

@@ -52,11 +52,11 @@ class ScorePartsConfig:
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
     compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines; unless told the first learner's, read at its block, or builtin. Baselines
+    """Frozen encoders of the baselines. Default: the first learner's, read at its block, or builtin. Baselines
     are scored on every encoder x block x count, where block and count matter to them.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
-    """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. The last unless told."""
+    """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. Default: the last."""
     num_parts: tuple[int, ...] = (6,)
     """Parts of the baselines; those of heads have as many as there are heads. Example: --num-parts 4 6 8."""
     grid: int = 28
@@ -91,7 +91,7 @@ class BenchConfig:
     images: str | None = None
     """Images; without them, procedural creatures are drawn into --out."""
     parts: Path | None = None
-    """Run folder of a part learner (extract); an untrained one, for its speed alone, unless told."""
+    """Run folder of a part learner (extract). Default: an untrained one, for its speed alone."""
     out: Path | None = None
     """What is measured on goes there, and is reused. Default: runs/bench, and runs/gpu for gpu."""
     json: Path | None = None

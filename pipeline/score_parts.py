@@ -144,8 +144,8 @@ def _learners(config: ScorePartsConfig) -> Iterator[Method]:
 
 
 def _baselines(config: ScorePartsConfig, read: dict[str, Any]) -> Iterator[Method]:
-    """Each on every encoder and, where they matter to it, block and count; unless told, on the source and block that
-    are `read`. All on one block share the encoder."""
+    """Each on every encoder and, where they matter to it, block and count. Default: the source and block that are
+    `read`. All on one block share the encoder."""
     names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
     blocks = config.encoder_block or ((None,) if config.encoder else (read["block"],))

@@ -43,7 +43,8 @@ class PretrainConfig:
     data: str
     """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --cache."""
     labels: str | None = None
-    """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/; its own unless told."""
+    """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/.
+    Default: the set's own."""
     preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
     """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
     Default: a model and a schedule that fit the set and the machine."""

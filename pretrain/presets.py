@@ -11,7 +11,7 @@ from shards.atomic import read_json
 from shards.shard_set import ShardSet
 
 PASSES = 30_000
-"""Images that a pretraining takes on a CPU unless told: about five minutes of `tiny` at 224 px on two cores."""
+"""Images that a pretraining takes on a CPU by default: about five minutes of `tiny` at 224 px on two cores."""
 
 LARGE = 200_000
 """Images from which on ViT-B is chosen on a GPU."""

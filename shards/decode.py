@@ -1,4 +1,8 @@
-"""JPEG bytes to pixels in place, mirrored where asked. simplejpeg releases the GIL; Pillow stands in, bit for bit."""
+"""Stored bytes to pixels.
+
+The stream decodes JPEGs of its own in place, mirrored where asked: simplejpeg releases the GIL; Pillow stands in, bit
+for bit. Extraction and evaluation decode whatever people have, with Pillow, and cut it square.
+"""
 
 import functools
 import io
@@ -16,7 +20,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from shards.errors import ShardError
 
 Box = tuple[float, float, float, float]
-_decoding, _decoding_lock, _filters = 0, threading.Lock(), warnings.catch_warnings()
 
 try:
     import simplejpeg
@@ -137,6 +140,9 @@ def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image
     x0, y0 = round((width - side) * offset), round((height - side) * offset)
     box = (float(x0), float(y0), float(x0 + side), float(y0 + side))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box), box
+
+
+_decoding, _decoding_lock, _filters = 0, threading.Lock(), warnings.catch_warnings()
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def _client(address: str | None) -> Any:
     except AuthenticationError:
         raise JobError(
             "the cluster refused the token, or got none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's "
-            "token or RAY_AUTH_TOKEN_PATH to a file that holds it (~/.ray/auth_token unless told)"
+            "token or RAY_AUTH_TOKEN_PATH to a file that holds it (default: ~/.ray/auth_token)"
         ) from None
     except ConnectionError as error:
         reason = str(error).rstrip(".")
