@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.nn import functional as F
 
 from encoders.distill.student import vit_tokens
+from encoders.knn import knn_votes
 from shards.decode import ImageError, decode_rgb, square
 from shards.images import ImageFile, list_images, read_bytes
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
@@ -75,11 +75,10 @@ def knn_accuracy(
 
     DINO (arXiv:2104.14294, eval_knn.py), with every image both test and training image.
     """
-    unit_tokens = F.normalize(tokens, dim=1)
-    cosine = (unit_tokens @ unit_tokens.T).fill_diagonal_(-torch.inf)
-    nearest, places = cosine.topk(min(neighbours, len(tokens) - 1), dim=1)
-    votes = tokens.new_zeros(len(tokens), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[places], ((nearest - 1) / temperature).exp())
+    classes = int(labels.max()) + 1
+    votes = knn_votes(
+        tokens, labels, tokens, classes=classes, neighbours=neighbours, temperature=temperature, leave_one_out=True
+    )
     return (votes.argmax(dim=1) == labels).double().mean().item()
 
 

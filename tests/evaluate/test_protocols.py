@@ -7,8 +7,9 @@ import torch
 from reference.mae_lars import lars_steps
 from torch import nn
 
+from encoders.knn import knn_votes
 from evaluate.config import KnnConfig, ProbeConfig
-from evaluate.knn import accuracies, knn_votes
+from evaluate.knn import accuracies
 from evaluate.linear import batch_and_peak, lars, train_head
 
 
