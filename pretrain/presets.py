@@ -9,6 +9,7 @@ from typing import Any
 from pretrain.config import FREE, METHOD, PretrainConfig, StreamRun
 from shards.atomic import read_json
 from shards.shard_set import ShardSet
+from training.run_folder import untouched
 
 PASSES = 30_000
 """Images that a pretraining takes on a CPU by default: about five minutes of `tiny` at 224 px on two cores."""
@@ -154,8 +155,8 @@ def defaults() -> Settings:
 
 
 def _begun(out: Path) -> Settings:
-    """The settings that the run folder began with; nothing where it is new."""
-    if not (out / "config.json").is_file():
+    """The settings that the run folder began with; nothing where it is new, or nothing was computed in it yet."""
+    if not (out / "config.json").is_file() or untouched(out):
         return {}
     written = read_json(out / "config.json")
     names = {one.name for one in fields(PretrainConfig)} - {"run"}

@@ -133,7 +133,7 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
             distributed.leave()
 
 
-def _untouched(path: Path) -> bool:
+def untouched(path: Path) -> bool:
     """Whether nothing was computed here: a run that was refused at its start, by a wrong path say, leaves no more."""
     return {entry.name for entry in path.iterdir()} <= {".lock", "config.json", "environment.json"}
 
@@ -150,7 +150,7 @@ def _claim(path: Path, config: Any) -> None:
     """
     ours = as_json(config) | {"verb": type(config).__name__}
     theirs = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if theirs and not (_untouched(path) and theirs.get("verb") == ours["verb"]):
+    if theirs and not (untouched(path) and theirs.get("verb") == ours["verb"]):
         fields = sorted((set(ours) | set(theirs)) - {"run"})
         differing = [
             f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
@@ -161,7 +161,7 @@ def _claim(path: Path, config: Any) -> None:
             raise ValueError(
                 f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
             )
-    elif not _untouched(path):
+    elif not untouched(path):
         raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")
     else:
         write_json(path / "config.json", ours)

@@ -103,6 +103,16 @@ def test_what_was_chosen_is_said_once_and_kept_by_the_folder(make_shards, tmp_pa
         RunFolder.open(settled(asked(data, depth=2), run(out), cuda=False))
 
 
+def test_a_folder_in_which_nothing_was_computed_takes_another_preset(make_shards, tmp_path):
+    data, out = make_shards().path, tmp_path / "run"
+    first = settled(asked(data, preset="tiny"), run(out), cuda=False)
+    RunFolder.open(first).close()
+
+    again = settled(asked(data, preset="small"), run(out), cuda=False)
+
+    assert (again.preset, again.embed_dim) == ("small", 384)
+
+
 def test_a_set_that_no_patch_divides_is_a_sentence():
     with pytest.raises(ValueError, match=r"no patch of up to 16 pixels divides images of 97 px .* pass --patch"):
         patch_of(SetShape(10, 97, 12))
