@@ -110,6 +110,13 @@ def test_too_many_in_a_row_end_the_run_with_its_last_checkpoint_whole(tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000005"
 
 
+def test_many_skipped_steps_end_no_run_while_others_are_taken_between_them(tmp_path):
+    every_other = range(0, STEPS, 2)
+    assert len(every_other) > MOST_SKIPPED
+
+    assert run(tmp_path, Toy(not_a_number_at(*every_other)))["skipped"] == len(every_other)
+
+
 def test_skipped_steps_are_counted_over_a_stop(tmp_path):
     run(tmp_path, Toy(not_a_number_at(1)), stop=4)
 
