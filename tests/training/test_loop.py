@@ -136,6 +136,16 @@ def test_gradients_are_scaled_down_to_the_largest_norm_and_no_lower_one_is_touch
     assert torch.allclose(weight.data, torch.tensor([1.2, 1.6]), atol=1e-5)
 
 
+def test_the_loop_scales_gradients_down_to_the_largest_norm_of_its_task(tmp_path):
+    task = Toy()
+    task.optimizer, task.largest_norm = torch.optim.SGD([task.weight], lr=0.0), 0.5
+
+    report = run(tmp_path, task, stop=1)
+
+    assert report["weight"] == pytest.approx(0.1 * 0.5)  # the rate of step 0, times a gradient of 2 cut to 0.5
+    assert report["grad_norm"] == pytest.approx(2.0)
+
+
 def sigterm_at(step: int) -> Callable[[int], float]:
     def spoil(now: int) -> float:
         if now == step:
