@@ -13,9 +13,10 @@ import torch
 
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import mask_batch
-from pretrain.train import pretrain
+from pretrain.train import Pretraining, pretrain
 from shards.batches import Batch
 from shards.errors import ShardError
+from shards.shard_set import ShardSet
 from training import checkpoint
 from training.metrics import read_metrics
 
@@ -70,6 +71,19 @@ def test_micro_batches_change_nothing_but_rounding(micro_batch, make_shards, tmp
     assert_near(weights(tmp_path / "whole"), weights(tmp_path / "pieces"))
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_more_images_than_a_micro_batch_go_through_the_model_at_once(make_shards, tmp_path):
+    whole, seen = config(make_shards().path, tmp_path / "run"), []
+    pieces = dataclasses.replace(whole, run=dataclasses.replace(whole.run, micro_batch=5))
+    with ShardSet.open(pieces.data) as shards:
+        task = Pretraining(pieces, shards)
+        task.model.register_forward_pre_hook(lambda model, arguments: seen.append(len(arguments[0])))
+        task.open(0)
+        list(task.losses(0))
+        task.close()
+
+    assert seen == [5, 5, 2]
 
 
 def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
