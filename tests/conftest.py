@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from pyarrow import fs
 
@@ -23,6 +24,8 @@ from shards.shard_set import ShardSet
 from shards.writer import write_shard
 from training.config import RunConfig
 
+settings.register_profile("busy", deadline=None)  # what else the machine does is no fault of an example
+settings.load_profile("busy")
 torch.set_num_threads(1)  # on these images of 32 pixels a second thread waits longer than it computes
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles torch, for 10 s

@@ -17,6 +17,7 @@ from pretrain.masking.inputs import Inputs
 from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_scores
 from pretrain.masking.strategies import STRATEGIES
 from shards.batches import Batch
+from shards.rng import PART_ORDER
 
 awkward_sizes = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9).filter(
     lambda sizes: sum(sizes) > 1
@@ -213,6 +214,16 @@ def test_semantic_scores_below_0_are_the_mask(sizes, alpha, seed):
     scores = semantic_scores(labels, torch.rand(labels.shape), torch.rand(1, len(sizes)), masked=masked, alpha=alpha)
 
     assert torch.equal(lowest(scores, masked), scores < 0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 3.0])
+def test_semmae_masks_by_its_progress_and_gamma(gamma):
+    inputs = dataclasses.replace(a_batch(3, 49, 5, 0), gamma=gamma)
+    order = inputs.uniform(PART_ORDER, 5)
+
+    expected = semantic_scores(inputs.labels, inputs.noise, order, masked=inputs.masked, alpha=0.5**gamma)
+
+    assert torch.equal(STRATEGIES["semmae"](inputs, 0.5), expected)
 
 
 def test_alpha_goes_from_0_to_1_with_progress():

@@ -86,6 +86,21 @@ def test_no_more_images_than_a_micro_batch_go_through_the_model_at_once(make_sha
     assert seen == [5, 5, 2]
 
 
+def test_masks_go_from_inside_parts_to_whole_parts_as_the_run_goes_on(make_shards, tmp_path):
+    settings = config(make_shards(grid=8, size=64).path, tmp_path / "run", batch_size=40)
+    with ShardSet.open(settings.data) as shards:
+        task = Pretraining(settings, shards)
+        task.open(0)
+        purities = []
+        for step in (0, task.total):
+            list(task.losses(step))
+            purities.append(task.figures(step)["purity"])
+        task.close()
+
+    assert purities[0] < 0.1
+    assert purities[1] > 0.7
+
+
 def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     for name in one:
         difference = (one[name] - two[name]).abs()
