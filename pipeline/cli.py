@@ -98,7 +98,7 @@ def pretrain(
     if backend == "ray":
         from pipeline.cluster.connect import has_gpus
 
-        cuda = has_gpus()
+        cuda = run.device in ("auto", "cuda") and has_gpus()
     else:
         cuda = pick_device(run.device).type == "cuda"
     config = settled(asked_for, run, cuda=cuda, main=_is_main())

@@ -12,7 +12,10 @@ from shards.shard_set import ShardSet
 from training.run_folder import untouched
 
 PASSES = 30_000
-"""Images that a pretraining takes on a CPU by default: about five minutes of `tiny` at 224 px on two cores."""
+"""Images that `tiny` takes: about five minutes at 224 px on two quiet CPU cores."""
+
+GPU_PASSES = 1_000_000
+"""Images that `small` takes at least: 2,000 steps, however small the set is."""
 
 LARGE = 200_000
 """Images from which on ViT-B is chosen on a GPU."""
@@ -53,7 +56,8 @@ def small(set_: SetShape) -> Settings:
     Expect: not yet run by us; compare it with the same command and --masking random.
     """
     model = {"embed_dim": 384, "depth": 12, "heads": 6, "decoder_dim": 256, "decoder_depth": 4, "decoder_heads": 8}
-    schedule = {"epochs": 400, "batch_size": 512, "base_lr": 5e-4, "warmup_epochs": 20.0}
+    epochs = max(400, round(GPU_PASSES / set_.images))
+    schedule = {"epochs": epochs, "batch_size": 512, "base_lr": 5e-4, "warmup_epochs": epochs / 20}
     return {"patch": patch_of(set_), **model, **schedule}
 
 
@@ -102,7 +106,7 @@ PRESETS: dict[str, Callable[[SetShape], Settings]] = {
 
 def settled(asked: Settings, run: StreamRun, *, cuda: bool, main: bool = True) -> PretrainConfig:
     """The config of a pretraining: what was asked for, then what its run folder began with, then its preset, then what
-    follows from the set and the machine.
+    follows from the set and the machine. Another number of epochs keeps the share of them that is warm-up.
 
     Every rank finds the same: the choice depends on the set, and on whether there is a GPU.
 
@@ -121,32 +125,41 @@ def settled(asked: Settings, run: StreamRun, *, cuda: bool, main: bool = True) -
     bytes_ = int(run.cache_gb * 1e9)
     with ShardSet.open(given["data"], labels=given.get("labels"), cache=run.cache, cache_bytes=bytes_) as shards:
         set_ = SetShape(len(shards), shards.size, shards.grid)
-    if given.get("preset"):
-        name = given["preset"]
-        chosen = PRESETS[name](set_)
-        _refuse_contradictions(name, defaults() | chosen, given)
+    name = given.get("preset") or fitting(set_, cuda=cuda)
+    chosen = defaults() | PRESETS[name](set_)
+    if "preset" in given:
+        _refuse_contradictions(name, chosen, given)
     else:
-        name = "tiny" if not cuda else "small" if set_.images < LARGE else "semmae-b16"
-        chosen = PRESETS[name](set_) | {"patch": patch_of(set_)}
-        if main:
-            _say(name, "a GPU" if cuda else "no GPU", set_, defaults() | chosen | given)
+        chosen["patch"] = patch_of(set_)
+    if "epochs" in given:
+        chosen["warmup_epochs"] *= given["epochs"] / chosen["epochs"]
+    if main and "preset" not in given:
+        _say(name, "a GPU" if cuda else "no GPU", set_, chosen | given)
     return PretrainConfig(**(chosen | given), run=run)
 
 
+def fitting(set_: SetShape, *, cuda: bool) -> str:
+    """The preset whose model and schedule fit a set of this shape on a machine with or without a GPU."""
+    if not cuda:
+        return "tiny"
+    return "small" if set_.images < LARGE else "semmae-b16"
+
+
 def patch_of(set_: SetShape) -> int:
-    """The largest patch, up to 16 pixels, that divides the images into eight or more a side, and whose side divides the
-    label grid; the finest there is, where none gives eight.
+    """The largest patch, up to 16 pixels, that cuts the images into eight or more a side, with a side that divides the
+    label grid. Where there is none, the finest that does.
 
     Raises:
-        ValueError: No patch does.
+        ValueError: No patch cuts the images so that the side divides the grid.
     """
-    fit = [patch for patch in range(1, 17) if set_.size % patch == 0 and set_.grid % (set_.size // patch) == 0]
+    patches = [patch for patch in range(1, set_.size // 2 + 1) if set_.size % patch == 0]
+    fit = [patch for patch in patches if set_.grid % (set_.size // patch) == 0]
     if not fit:
         raise ValueError(
-            f"no patch of up to 16 pixels divides images of {set_.size} px on sides that divide {set_.grid} cells; "
-            "pass --patch, or extract with another --grid"
+            f"no patch cuts images of {set_.size} px into sides that divide their {set_.grid}x{set_.grid} label grid; "
+            "extract with another --size or --grid"
         )
-    return max((patch for patch in fit if set_.size // patch >= 8), default=min(fit))
+    return max((patch for patch in fit if patch <= 16 and set_.size // patch >= 8), default=min(fit))
 
 
 def defaults() -> Settings:
@@ -155,10 +168,15 @@ def defaults() -> Settings:
 
 
 def _begun(out: Path) -> Settings:
-    """The settings that the run folder began with; nothing where it is new, or nothing was computed in it yet."""
+    """The settings of the pretraining that has begun in this folder; nothing where nothing was computed yet.
+
+    Ranks that come late find the same: nothing is computed before all of them have read this.
+    """
     if not (out / "config.json").is_file() or untouched(out):
         return {}
     written = read_json(out / "config.json")
+    if written.get("verb") != PretrainConfig.__name__:
+        return {}
     names = {one.name for one in fields(PretrainConfig)} - {"run"}
     return {name: value for name, value in written.items() if name in names}
 

@@ -134,8 +134,13 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
 
 
 def untouched(path: Path) -> bool:
-    """Whether nothing was computed here: a run that was refused at its start, by a wrong path say, leaves no more."""
-    return {entry.name for entry in path.iterdir()} <= {".lock", "config.json", "environment.json"}
+    """Whether nothing was computed here: a run that was refused at its start, by a wrong path say, leaves no more.
+
+    Neither does another rank that is writing these files (`shards.atomic`), or was killed as it did.
+    """
+    first = ("config.json", "environment.json")
+    names = {entry.name for entry in path.iterdir()} - {".lock", *first}
+    return all(name.startswith(tuple(f".{one}." for one in first)) for name in names)
 
 
 def _bare(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from pretrain.config import FREE, METHOD, PretrainConfig, StreamRun
-from pretrain.presets import LARGE, PRESETS, SetShape, defaults, patch_of, settled
+from pretrain.presets import LARGE, PRESETS, SetShape, defaults, fitting, patch_of, settled
 from pretrain.train import pretrain
 from training.run_folder import RunFolder
 
@@ -71,19 +71,58 @@ def test_the_same_value_beside_a_preset_is_fine(make_shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("set_", "cuda", "width", "patch"),
+    ("images", "cuda", "name"),
     [
-        (SetShape(40, 224, 28), False, 192, 16),
-        (SetShape(5_000, 64, 16), False, 192, 8),
-        (SetShape(5_000, 96, 12), True, 384, 8),
-        (SetShape(LARGE, 224, 28), True, 768, 16),
-        (SetShape(LARGE, 224, 28), False, 192, 16),
+        (40, False, "tiny"),
+        (LARGE, False, "tiny"),
+        (40, True, "small"),
+        (LARGE - 1, True, "small"),
+        (LARGE, True, "semmae-b16"),
     ],
 )
-def test_without_a_preset_the_model_follows_from_the_set_and_the_machine(set_, cuda, width, patch):
-    chosen = PRESETS["tiny" if not cuda else "small" if set_.images < LARGE else "semmae-b16"](set_)
-    assert (defaults() | chosen)["embed_dim"] == width
-    assert patch_of(set_) == patch
+def test_without_a_preset_the_model_follows_from_the_set_and_the_machine(images, cuda, name):
+    assert fitting(SetShape(images, 224, 28), cuda=cuda) == name
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "patch"),
+    [(224, 28, 16), (64, 16, 8), (96, 12, 8), (224, 14, 16), (32, 4, 8), (256, 8, 32), (512, 64, 16)],
+)
+def test_the_patch_follows_from_the_images_and_their_label_grid(size, grid, patch):
+    assert patch_of(SetShape(40, size, grid)) == patch
+
+
+@pytest.mark.parametrize("images", [1, 40, 1_000, 30_000, 1_281_167])
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_a_set_of_any_size_is_seen_often_enough_to_learn(name, images):
+    chosen = PRESETS[name](SetShape(images, 224, 28))
+
+    assert chosen["epochs"] >= 1
+    assert chosen["epochs"] * images / chosen["batch_size"] > 400
+    assert chosen["warmup_epochs"] == chosen["epochs"] / 20
+
+
+def test_fewer_epochs_keep_the_share_of_warmup(make_shards, tmp_path):
+    data = make_shards().path
+
+    fewer = settled(asked(data, preset="semmae-b16", epochs=200), run(tmp_path / "x"), cuda=False)
+    none = settled(asked(data, preset="semmae-b16", epochs=0), run(tmp_path / "x"), cuda=False)
+    told = settled(asked(data, preset="semmae-b16", epochs=200, warmup_epochs=5.0), run(tmp_path / "x"), cuda=False)
+
+    assert [one.warmup_epochs for one in (fewer, none, told)] == [10.0, 0.0, 5.0]
+
+
+def test_a_folder_where_nothing_was_computed_decides_nothing(make_shards, tmp_path):
+    """A run that was refused, or ran out of memory at its start, leaves a config.json."""
+    data, out = make_shards(size=64, grid=16).path, tmp_path / "run"
+    RunFolder.open(settled(asked(data), run(out), cuda=False)).close()
+    (out / ".config.json.0123456789abcdef0123456789abcdef").touch()  # rank 0 at work, seen by rank 1
+
+    config = settled(asked(data, preset="semmae-b8-foreground"), run(out), cuda=False)
+
+    assert (config.embed_dim, config.keep_share, config.epochs) == (768, 0.25, 800)
+    with pytest.raises(ValueError, match="--preset tiny fixes --depth 6"):
+        settled(asked(data, preset="tiny", depth=2), run(out), cuda=False)
 
 
 def test_what_was_chosen_is_said_once_and_kept_by_the_folder(make_shards, tmp_path, capsys):
@@ -103,18 +142,8 @@ def test_what_was_chosen_is_said_once_and_kept_by_the_folder(make_shards, tmp_pa
         RunFolder.open(settled(asked(data, depth=2), run(out), cuda=False))
 
 
-def test_a_folder_in_which_nothing_was_computed_takes_another_preset(make_shards, tmp_path):
-    data, out = make_shards().path, tmp_path / "run"
-    first = settled(asked(data, preset="tiny"), run(out), cuda=False)
-    RunFolder.open(first).close()
-
-    again = settled(asked(data, preset="small"), run(out), cuda=False)
-
-    assert (again.preset, again.embed_dim) == ("small", 384)
-
-
 def test_a_set_that_no_patch_divides_is_a_sentence():
-    with pytest.raises(ValueError, match=r"no patch of up to 16 pixels divides images of 97 px .* pass --patch"):
+    with pytest.raises(ValueError, match=r"no patch cuts images of 97 px .* extract with another --size or --grid"):
         patch_of(SetShape(10, 97, 12))
 
 
