@@ -16,7 +16,8 @@ class StreamRun(RunConfig):
     cache_gb: float = 50.0
     """Most that the copies may take."""
     micro_batch: int | None = None
-    """Images that a rank takes through the model at once; gradients add up over its batch. Default: its whole batch."""
+    """Images that a rank takes through the model at once; gradients add up over its batch. Default: what
+    fits half of a GPU's memory; elsewhere the whole batch."""
 
     def __post_init__(self):
         super(StreamRun, self).__post_init__()

@@ -15,11 +15,12 @@ from pretrain.masking.batch import Masked, mask_batch
 from pretrain.masking.budget import masked_count, purity
 from pretrain.masking.patches import kept_count
 from pretrain.masking.semmae import alpha_at
+from pretrain.memory import images_at_once
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import distributed
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
-from training.device import autocast, pick_device, plain_attention_on_cpu
+from training.device import autocast, computes_bf16, pick_device, plain_attention_on_cpu
 from training.loop import train
 from training.parallel import gradients_stay_here, on_ranks
 from training.run_folder import opened
@@ -87,6 +88,7 @@ class Pretraining(Task):
         self.model = build(config, shards.size).to(self.device)
         plain_attention_on_cpu(self.model, self.device)
         self.wrapped = on_ranks(self.model, self.device)
+        self.micro_batch = config.run.micro_batch or _what_fits(config, shards.size, self.device)
         self.optimizer = new_optimizer(self.model, config)
         self.stream = Stream(
             shards,
@@ -109,7 +111,7 @@ class Pretraining(Task):
         """MAE's loss is a mean over images, each with as many masked patches: a micro-batch weighs as its images do."""
         side, groups, progress = self.model.side, self.shards.groups, step / self.total
         self.masked = mask_batch(next(self.batches), self.config, side=side, groups=groups, progress=progress)
-        pieces = self.masked.pieces(self.config.run.micro_batch)
+        pieces = self.masked.pieces(self.micro_batch)
         for number, piece in enumerate(pieces, start=1):
             with gradients_stay_here(self.wrapped, where=number < len(pieces)):
                 loss = masked_loss(self.wrapped, piece, self.config, self.device)
@@ -177,6 +179,15 @@ def masked_loss(model: nn.Module, masked: Masked, config: PretrainConfig, device
     images = (masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
         return model(images, masked.ids_visible.to(device), masked.ids_masked.to(device))
+
+
+def _what_fits(config: PretrainConfig, size: int, device: torch.device) -> int | None:
+    """Images at once that a GPU has memory for; elsewhere None, the whole batch."""
+    if device.type != "cuda":
+        return None
+    bf16 = config.run.precision != "fp32" and computes_bf16(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return images_at_once(config, size, memory=memory, bf16=bf16)
 
 
 @cache
