@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if arguments in (["--help"], ["-h"]):
-            print(overview(VERBS))
+            print(overview(VERBS), flush=True)
             return 0
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

@@ -1,6 +1,8 @@
 """Help: short at the top, whole sentences below, and no word when nobody reads on."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -80,10 +82,18 @@ def test_paper_beside_what_contradicts_it_is_refused(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reader_who_stops_reading_hears_nothing():
-    for verb in ([], ["pretrain"]):
-        line = f"{sys.executable} -m pipeline {' '.join(verb)} --help | head -1"
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("verb", [[], ["pretrain"]])
+def test_a_reader_who_stops_reading_hears_nothing(verb):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    call = [sys.executable, "-m", "pipeline", *verb, "--help"]
+    line = f"{shlex.join(call)} | head -3"
+    reading, writing = os.pipe()
+    os.close(reading)
 
-        assert done.stderr == ""
-        assert done.stdout.startswith("usage: semmae")
+    three = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
+    none = subprocess.run(call, cwd=ROOT, env=env, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+
+    assert three.stdout.startswith("usage: semmae")
+    assert three.stdout.count("\n") == 3
+    assert [(one.returncode, one.stderr) for one in (three, none)] == [(0, ""), (0, "")]
