@@ -195,20 +195,22 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Waiting threads sleep instead of spinning: on a shared machine spinning made a run twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wants_help = not {"--help", "-h"}.isdisjoint(arguments)
     try:
-        if arguments in (["--help"], ["-h"]):
-            print(overview(VERBS), flush=True)
-            return 0
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS,
-            args=arguments,
-            prog="semmae",
-            description="Semantic-guided masking for masked autoencoders, from images to numbers.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-        )
-    except BrokenPipeError:  # as in `semmae --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        try:
+            if arguments in (["--help"], ["-h"]):
+                print(overview(VERBS))
+                return 0
+            tyro.extras.subcommand_cli_from_dict(
+                VERBS,
+                args=arguments,
+                prog="semmae",
+                description="Semantic-guided masking for masked autoencoders, from images to numbers.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+            )
+        finally:
+            if wants_help:
+                sys.stdout.flush()  # here, and not as Python ends, where a reader who left would be an error
     except KeyboardInterrupt:
         print(
             "interrupted; the same command goes on from the last checkpoint or shard, if one was written",
@@ -216,6 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 130
     except Exception as error:
+        if wants_help and isinstance(error, BrokenPipeError):  # as in `semmae --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"semmae: {_sentence(error)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli
 from pipeline.cli import VERBS, main
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,17 @@ def test_paper_beside_what_contradicts_it_is_refused(capsys, tmp_path):
     assert code == 2
     assert "--paper means whiten 0, and whiten 9 was asked for beside it" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
+
+
+def test_a_broken_pipe_of_the_work_itself_is_no_success(capsys, monkeypatch):
+    def broken() -> None:
+        """Lose a process."""
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.VERBS, "verify", broken)
+
+    assert main(["verify"]) == 1
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 @pytest.mark.slow
