@@ -1,8 +1,9 @@
 """What the verb `pretrain` computes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from training.config import RunConfig
 
@@ -97,27 +98,34 @@ class PretrainConfig:
     run: StreamRun
 
     def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {self.mask_ratio}")
-        if not 0 < self.keep_share <= 1:
-            raise ValueError(f"keep_share must lie in (0, 1], got {self.keep_share}")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale must lie in (0, 1], got {self.crop_scale}")
-        if self.window < 0 or self.substitutes < 0:
-            raise ValueError(f"window and substitutes must not be negative, got {self.window} and {self.substitutes}")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma must be above 0, got {self.gamma}")
-        for name in ("epochs", "warmup_epochs", "base_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for name in (
-            *("patch", "batch_size", "embed_dim", "depth", "heads"),
-            *("decoder_dim", "decoder_depth", "decoder_heads"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        refuse_out_of_range({one.name: getattr(self, one.name) for one in fields(self)})
         for dim, heads in (("embed_dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self, dim) % 4 or getattr(self, dim) % getattr(self, heads):
                 raise ValueError(
                     f"{dim} must be a multiple of 4 and of {heads} {getattr(self, heads)}, got {getattr(self, dim)}"
                 )
+
+
+def refuse_out_of_range(settings: Mapping[str, Any]) -> None:
+    """Check each setting by itself: all of a config, or the few that a command line gave.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    if not 0 < (ratio := settings.get("mask_ratio", 0.5)) < 1:
+        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {ratio}")
+    for name in ("keep_share", "crop_scale"):
+        if not 0 < settings.get(name, 1) <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {settings[name]}")
+    if not settings.get("gamma", 1) > 0:
+        raise ValueError(f"gamma must be above 0, got {settings['gamma']}")
+    for name in ("window", "substitutes"):
+        if settings.get(name, 0) < 0:
+            raise ValueError(f"{name} must not be negative, got {settings[name]}")
+    for name in ("epochs", "warmup_epochs", "base_lr", "weight_decay"):
+        if not 0 <= settings.get(name, 0) < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {settings[name]}")
+    sizes = ("patch", "batch_size", "embed_dim", "depth", "heads", "decoder_dim", "decoder_depth", "decoder_heads")
+    for name in sizes:
+        if settings.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")

@@ -98,7 +98,7 @@ def test_a_set_of_any_size_is_seen_often_enough_to_learn(name, images):
     chosen = PRESETS[name](SetShape(images, 224, 28))
 
     assert chosen["epochs"] >= 1
-    assert chosen["epochs"] * images / chosen["batch_size"] > 400
+    assert chosen["epochs"] * images / chosen["batch_size"] > 300
     assert chosen["warmup_epochs"] == chosen["epochs"] / 20
 
 
@@ -110,6 +110,14 @@ def test_fewer_epochs_keep_the_share_of_warmup(make_shards, tmp_path):
     told = settled(asked(data, preset="semmae-b16", epochs=200, warmup_epochs=5.0), run(tmp_path / "x"), cuda=False)
 
     assert [one.warmup_epochs for one in (fewer, none, told)] == [10.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mask_ratio", 1.5), ("keep_share", 0.0), ("depth", 0), ("gamma", -1.0), ("window", -1)]
+)
+def test_a_setting_out_of_range_is_refused_before_the_set_is_opened(field, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{field} must"):
+        settled(asked(tmp_path / "nowhere") | {field: value}, run(tmp_path / "x"), cuda=False)
 
 
 def test_a_folder_where_nothing_was_computed_decides_nothing(make_shards, tmp_path):
