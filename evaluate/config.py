@@ -18,23 +18,23 @@ class FeatureConfig:
     images: str = ""
     """Instead of a shard set: images in class folders."""
     val_data: str = ""
-    """Shard set of the test split; Default: every fifth image in a seeded order is held out."""
+    """Shard set of the test split. Default: every fifth image, in a seeded order, is held out."""
     val_images: str = ""
     """Instead of a shard set: images of the test split in class folders."""
     size: int | None = None
-    """Side of the encoder's input in pixels. Default: its own."""
+    """Side of the encoder's input in pixels. Default: the encoder's own."""
     tokens: Literal["full", "kept"] = "full"
     """full: every patch. kept: the quarter of patches best in the foreground rank (shard sets only)."""
     pool: Literal["class", "mean"] = "class"
-    """The feature: the class token, or the mean of the patch tokens, both after the final norm."""
+    """Which feature is scored: the class token, or the mean of the patch tokens, both after the final norm."""
     batch_size: int = 64
     """Images the encoder sees at once."""
     seed: int = 0
-    """The one seed of the run."""
+    """Seed of everything random in the run."""
     json: Path | None = None
     """Also write the rows to this file, as one JSON list."""
     out: Path | None = None
-    """Folder whose results.jsonl the rows are added to; otherwise the checkpoint's run folder or ./runs."""
+    """The rows are appended to results.jsonl in this folder. Default: the checkpoint's run folder, or ./runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the encoder runs; auto takes cuda, then mps, then cpu."""
     threads: int = 2
@@ -81,7 +81,7 @@ class ProbeConfig(FeatureConfig):
     warmup_epochs: float = 10.0
     """Epochs of rising learning rate."""
     probe_batch: int | None = None
-    """Features a step. Default: MAE's 16,384; below 10,000 images 256, at the rate of 16,384."""
+    """Features a step. Default: MAE's 16,384, or 256 below 10,000 images, with the learning rate of 16,384."""
 
     def __post_init__(self):
         FeatureConfig.__post_init__(self)

@@ -38,51 +38,54 @@ class LearnConfig:
     """Frozen encoder: builtin (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME."""
     encoder_block: int | None = None
-    """Block (from 0) whose input tokens are read; the number of blocks means after the final norm. Default: the last
-    block, and after the norm for builtin."""
+    """Block (from 0) whose input tokens are read; the number of blocks stands for the final norm's output. Default: the
+    last block (for builtin, the final norm)."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     num_parts: int = 6
     """Parts to learn."""
     paper: bool = False
-    """The paper's literal form: pixels rebuilt from maps of the whole image, which start at the encoder's heads; no
-    k-means, no whitening, no background."""
+    """The method as the paper states it: the encoder's heads start the part maps, which are trained to rebuild pixels
+    of the whole image. No k-means, whitening or background label."""
     background: bool = True
-    """One more label, for cells outside the foreground."""
+    """Give cells outside the foreground a label of their own."""
     foreground_share: float | None = None
-    """Share of an image's cells that counts as foreground. Default: Otsu's threshold decides in each image."""
+    """Share of an image's cells that count as foreground. Default: Otsu's threshold, image by image."""
     foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] = "contrast"
-    """What ranks the foreground: likeness of tokens to the object's mean rather than the ground's, both found from the
-    border; distance to the border's mean; their first principal component; a normalised cut of their graph; class
-    attention; or the learned maps."""
+    """How a cell's foreground rank is computed. contrast: similarity to the object's mean token minus that to the
+    background's, both found from the border. border: distance to the border's mean token. component: first principal
+    component of the image's tokens. cut: normalised cut of their graph. attention: class attention. maps: the learned
+    part maps (with --paper)."""
     where: Literal["foreground", "everywhere"] = "foreground"
     """Which cells the parts are learned on."""
     relative: bool = True
-    """Tokens minus the image's mean (foreground) token, so that parts do not become classes."""
+    """Subtract the image's mean (foreground) token, so that parts do not become classes."""
     whiten: int | None = None
     """Number of whitened principal components; 0 disables whitening. Default: 64 (32 for builtin)."""
     diffusion: int = 3
-    """Rounds in which a cell's token becomes the mean of its image's cells like it; 0 = none."""
+    """Rounds of diffusion: each token becomes the mean of the similar tokens of its image; 0 disables it."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
     softmax: Literal["parts", "positions"] = "parts"
     """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
     target: Literal["features", "pixels", "both"] = "features"
-    """What is rebuilt from the parts: the encoder's tokens, the image (the paper; answered by colour), or both."""
+    """What is rebuilt from the parts: the encoder's tokens, the image (the paper; parts then follow colour), or
+    both."""
     style: Literal["class", "nothing"] = "class"
-    """What AdaIN may know beside the maps (target pixels): the class token, or nothing of the image."""
+    """What AdaIN is given besides the maps (target pixels): the class token, or nothing of the image."""
     diversity: float = 0.03
     """Weight of Eq. 6."""
     balance: float = 0.1
     """Weight of the term that keeps parts equally used (softmax over parts only)."""
     consistency: float = 0.0
-    """Weight of the labels' agreement between two crops of an image, mirrored and in other colours; each step then
-    looks twice (--crops 0)."""
+    """Weight of the agreement of the labels of two crops of an image, one mirrored and recoloured. Each step then takes
+    two crops (crops 0)."""
     crops: int | None = None
-    """Crops of each image whose tokens are kept in memory; 0 takes fresh crops every step (slower, for large sets).
-    Default: 4 where steps are taken, otherwise 0."""
+    """Crops per image whose tokens are kept in memory; 0 takes fresh crops every step (slower, for sets that do not
+    fit). Default: 4 if steps are taken, otherwise 0."""
     steps: int | None = None
-    """Updates. Default: none after the k-means start (none gained anything that was measured), otherwise 1,000."""
+    """Number of updates. Default: 0, because steps after k-means gained nothing that was measured; 1,000 with
+    --paper."""
     batch_size: int = 64
     """Images a step."""
     base_lr: float = 4e-3
@@ -91,7 +94,7 @@ class LearnConfig:
     """Side of the rebuilt image in pixels (target pixels): the grid's side times a power of two.
     Default: times four."""
     seed: int = 0
-    """The one seed of the run."""
+    """Seed of everything random in the run."""
     run: RunConfig
 
     def __post_init__(self):
@@ -176,42 +179,43 @@ class ExtractConfig:
     images: str | None = None
     """Images: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
     relabel: Path | None = None
-    """Instead of --images: a shard set. Writes a set of labels alone over its images, for `pretrain --labels`."""
+    """A shard set, instead of --images. Only labels are written, over the images of that set, for `pretrain
+    --labels`."""
     parts: Path = Path("builtin")
-    """Run folder of a part learner (`learn-parts`); builtin, the one that comes with the project; a baseline: heads,
-    heads-mass, kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image; or truth:
-    FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0, 255) beside
-    FOLDER/images/NAME.jpg."""
+    """Where the labels come from: the run folder of a part learner (`learn-parts`); builtin (comes with the project); a
+    baseline (heads, heads-mass, kmeans-image, regions, grid, bands, shuffled-heads or shuffled-kmeans-image); or truth,
+    which reads FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0 and 255)
+    beside FOLDER/images/NAME.jpg."""
     encoder: str | None = None
-    """Frozen encoder. Default: the one the parts were learned on, which it must be."""
+    """Frozen encoder; it must be the one that the parts were learned on. Default: that one."""
     encoder_block: int | None = None
-    """Of a baseline: the block (from 0) whose tokens are read. Default: the last."""
+    """For baselines: block (from 0) whose tokens are read. Default: the last."""
     num_parts: int = 6
-    """Of a baseline: parts (heads: as many as there are)."""
+    """For baselines: number of parts; heads always has one part a head."""
     size: int = 224
     """Side of the stored JPEG in pixels."""
     quality: int = 90
     """Quality of the stored JPEG."""
     grid: int | None = None
-    """Cells a side of the labels. Default: the part learner's own; 28 for baselines and truth."""
+    """Cells a side of the label grid. Default: the part learner's grid; 28 for baselines and truth."""
     attention: bool = False
-    """Store the last block's class attention too, a uint8 map a head (KEY.attn.npy): 784 bytes a head and image."""
+    """Also store the last block's class attention (KEY.attn.npy): one uint8 map per head, 784 bytes each."""
     samples_per_shard: int = 2048
-    """Inputs a shard owns."""
+    """Images per shard, counted before any is rejected."""
     batch_size: int = 64
-    """Images the models see at once; never straddles shards."""
+    """Images that the models take at once; a batch never spans two shards."""
     backend: Literal["ray", "local"] = "ray"
-    """ray starts or joins a cluster; local needs none."""
+    """ray: starts or joins a cluster. local: runs in this process."""
     num_workers: int = 0
-    """Ray actors; 0 = one a GPU, or one for every two CPUs where there are none."""
+    """Ray actors; 0 = one per GPU, or one for every two CPUs on a cluster without GPUs."""
     gpus_per_worker: float = 1.0
-    """GPU share of an actor, where the cluster has GPUs."""
+    """Share of a GPU that an actor takes, on a cluster with GPUs."""
     seed: int = 0
     """Seed of the order of images in the shards."""
     max_rejects: float = 0.01
-    """Share of the inputs, ten of them at least, that may be unreadable before the set is refused."""
+    """Share of the images that may be unreadable before the set is refused; ten images are always allowed."""
     retry_failed: bool = False
-    """Build the shards that have rejected images once more: the images were mended, or the disk has come back."""
+    """Rebuild the shards that have rejected images, once the images or the disk have been repaired."""
     run: RunConfig
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ class VerifyConfig:
     level: Literal["fast", "hash", "deep"] = "fast"
     """fast: files and sizes; hash: every digest; deep: every member, checksum, label and image."""
     repair: bool = False
-    """Build the bad shards once more, from the images and weights that dataset.json names, to the same digests."""
+    """Rebuild damaged shards from the images and weights that dataset.json names, to the same digests."""
     json: Path | None = None
     """Write the faults there as a JSON list of rows."""
     debug: bool = False
@@ -28,14 +28,14 @@ class DemoConfig:
     """The whole job, small enough for a laptop without a GPU."""
 
     images: str | None = None
-    """Photographs, labelled with the parts that come with the project; without them, creatures with true parts are
-    drawn, and an encoder and parts are learned on those."""
+    """Photographs, labelled with the parts that come with the project. Default: creatures with true parts are drawn,
+    and an encoder and parts are learned on those."""
     out: Path = Path("runs/demo")
-    """Everything goes there; a second call reuses what is finished."""
+    """Folder for everything; a second call reuses what is finished."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run."""
     seed: int = 0
-    """The one seed of everything."""
+    """Seed of everything random."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -46,21 +46,21 @@ class ScorePartsConfig:
 
     images: tuple[str, ...]
     """Folders with images/NAME.jpg beside labels/NAME.png (part ids, 0 = background, 255 = unknown) or masks/NAME.png
-    (0 and 255), of the size of the image."""
+    (0 and 255), as large as the image."""
     parts: tuple[str, ...] = ("builtin", "heads", "kmeans-image", "regions", "grid", "bands")
     """Run folders of part learners (builtin: the one that comes with the project), or baselines: heads, heads-mass,
     kmeans-image, regions, grid, bands, shuffled-heads, shuffled-kmeans-image. Runs that differ in their seed alone are
     compared with each other."""
     encoder: tuple[str, ...] = ()
-    """Frozen encoders of the baselines. Default: the first learner's, read at its block, or builtin. Baselines
-    are scored on every encoder x block x count, where block and count matter to them.
+    """Frozen encoders of the baselines. Default: the first learner's, read at its block, or builtin. Baselines are
+    scored on every combination of encoder, block and number of parts that matters to them.
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
-    """Blocks (from 0) whose tokens kmeans-image reads; the others see what all blocks made. Default: the last."""
+    """Blocks (from 0) whose tokens kmeans-image reads; other baselines do not depend on it. Default: the last."""
     num_parts: tuple[int, ...] = (6,)
-    """Parts of the baselines; those of heads have as many as there are heads. Example: --num-parts 4 6 8."""
+    """Numbers of parts for the baselines; heads always has one part a head. Example: --num-parts 4 6 8."""
     grid: int = 28
-    """Cells a side of the labels of the whole table; a learner on another grid is refused."""
+    """Cells a side of the label grid, the same for every row; a learner on another grid is refused."""
     size: int = 224
     """Side in pixels that the images are cut to."""
     json: Path | None = None
@@ -89,15 +89,15 @@ class BenchConfig:
     learn: a step of the part learner over the encoder's bare forward; gpu: everything that a GPU is wanted for, in
     nine minutes (benchmarks/README.md)."""
     images: str | None = None
-    """Images; without them, procedural creatures are drawn into --out."""
+    """Images. Default: creatures are drawn into --out."""
     parts: Path | None = None
-    """Run folder of a part learner (extract). Default: an untrained one, for its speed alone."""
+    """Run folder of a part learner (extract). Default: an untrained one, which is enough to measure speed."""
     out: Path | None = None
-    """What is measured on goes there, and is reused. Default: runs/bench, and runs/gpu for gpu."""
+    """Folder for the data of the benchmark; reused when it exists. Default: runs/bench, and runs/gpu for gpu."""
     json: Path | None = None
     """Write the rows there as a JSON list."""
     minutes: float | None = None
-    """Time limit. Default: 4, of which a quiet machine takes less, and 8.4 for gpu."""
+    """Time limit in minutes. Default: 4 (a quiet machine needs less), and 8.4 for gpu."""
     photographs: tuple[Path, ...] = ()
     """Folders with truth (images/ beside labels/ or masks/) on which gpu learns and scores parts. Default: drawings."""
     encoder: str | None = None
@@ -107,7 +107,7 @@ class BenchConfig:
     rehearse: bool = False
     """Run everything of gpu at toy size, on a CPU."""
     max_images: int = 1024
-    """At most so many of the images, evenly spaced."""
+    """Largest number of images to use, evenly spaced."""
     build: int = 128
     """Images in a build (extract)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -144,10 +144,11 @@ class SubmitConfig:
     job: Positional[tuple[str, ...]] = ()
     """The verb and its flags, after --; paths are absolute and on storage that all nodes see."""
     address: str | None = None
-    """The cluster's dashboard, http://HEAD:8265; without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a Ray started here."""
+    """The cluster's dashboard, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then a Ray
+    started here."""
     working_dir: Path = Path()
     """The checkout to send."""
     runtime_env: Path | None = None
-    """Ray runtime environment (YAML) of the job; without it, the one shipped as pipeline/cluster/runtime_env.yaml."""
+    """Ray runtime environment (YAML) of the job. Default: pipeline/cluster/runtime_env.yaml."""
     debug: bool = False
     """Show the traceback of an error."""

@@ -13,9 +13,9 @@ class StreamRun(RunConfig):
     """Where and how fast a run computes that reads a stream of shards; nothing here changes a result."""
 
     cache: Path | None = None
-    """Folder on a local disk: shards are copied there, with checksums, ahead of use (needed for s3:// and gs://)."""
+    """Folder on a local disk. Shards are copied there ahead of use and checked (needed for s3:// and gs://)."""
     cache_gb: float = 50.0
-    """Most that the copies may take."""
+    """Largest total size of the copies in --cache, in GB."""
     micro_batch: int | None = None
     """Images that a rank takes through the model at once; gradients add up over its batch. Default: what
     fits half of a GPU's memory; elsewhere the whole batch."""
@@ -45,19 +45,19 @@ class PretrainConfig:
     data: str
     """Shard set: a folder with dataset.json, or its URI (s3://, gs://) together with --cache."""
     labels: str | None = None
-    """Label set laid over it (`extract --relabel`): a folder, or a name in the set's labels/.
-    Default: the set's own."""
+    """Label set to use with these images (`extract --relabel`): a folder, or a name in the set's labels/. Default: the
+    labels in the shards."""
     preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
     """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
     Default: a model and a schedule that fit the set and the machine."""
     masking: Literal["semmae", "random"] = "semmae"
-    """semmae: from three quarters of every part to three quarters of the parts. random: MAE's."""
+    """semmae: masks go from a share of every part to whole parts as training proceeds. random: MAE's masks."""
     mask_ratio: float = 0.75
     """Share of the kept patches that is masked."""
     gamma: float = 2.0
     """alpha = progress ** gamma takes the masks from inside parts (0) to whole parts (1)."""
     keep_share: float = 1.0
-    """Share of the patches that take part at all, the best in foreground; the paper's patch 8 keeps 0.25."""
+    """Share of the patches that are used at all, chosen by foreground rank; the paper's patch 8 keeps 0.25."""
     patch: int = 16
     """Patch side in pixels."""
     embed_dim: int = 768
@@ -73,28 +73,28 @@ class PretrainConfig:
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     norm_pix_loss: bool = True
-    """Targets are each patch's pixels minus their mean, over their deviation."""
+    """Normalise each patch's target pixels to mean 0 and deviation 1."""
     flip: bool = True
     """Mirror every other image, with its labels (the paper)."""
     crop_scale: float = 1.0
-    """Least share of an image's area that a random resized crop keeps, its labels with it; 1 = no crop (the paper),
-    0.2 = MAE's."""
+    """Smallest share of an image's area that a random resized crop keeps; labels are cropped with the image. 1 = no
+    crop (the paper), 0.2 = MAE's."""
     window: int = 0
-    """Shards shuffled together; 0 = all of them, 8 or so for slow or remote disks."""
+    """Number of shards shuffled together; 0 = all. About 8 suits slow or remote disks."""
     substitutes: int = 0
-    """Damaged samples a rank may replace by their neighbours, each told on stderr; 0 stops at the first."""
+    """Damaged samples that a rank may replace by their neighbours, each with a warning; 0 stops at the first."""
     epochs: int = 800
-    """Passes over the shards; 0 leaves an untrained encoder, for a control."""
+    """Passes over the images; 0 leaves an untrained encoder, as a control."""
     batch_size: int = 4096
     """Images a step, over all ranks."""
     base_lr: float = 1.5e-4
     """Learning rate at 256 images a step; scales with the batch."""
     warmup_epochs: float = 40.0
-    """Epochs of rising learning rate."""
+    """Epochs over which the learning rate rises. With --epochs alone, its share of the run stays."""
     weight_decay: float = 0.05
-    """AdamW's decay; none on biases, norms and tokens."""
+    """AdamW's weight decay; biases, norms and tokens have none."""
     seed: int = 0
-    """The one seed of the run."""
+    """Seed of everything random in the run."""
     run: StreamRun
 
     def __post_init__(self):

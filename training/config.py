@@ -7,18 +7,18 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Where a run's output goes and which machine does it. Resuming under another RunConfig is fine."""
+    """Where the output goes, and on what it is computed. A run may be resumed with other values."""
 
     out: Path
-    """Folder of this run: made when missing, reused when finished, continued when half done."""
+    """Folder of this run: created if missing, reused if finished, continued if unfinished."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the models run; auto takes cuda, then mps, then cpu."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type; auto takes bf16 where the device computes it fast."""
+    """Autocast precision; auto takes bf16 where the device computes it natively."""
     threads: int = 2
     """Threads that read and decode images."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints; one is always written at the end."""
+    """Minutes between checkpoints; the end always writes one."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -12,20 +12,21 @@ class EncoderConfig:
     images: str
     """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
     teacher: str | None = None
-    """Frozen encoder whose tokens are learned: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
-    random:NAME. Its grid is the student's. Local crops, prototypes, masks and --teacher-momentum go unused."""
+    """Frozen encoder whose tokens the student learns to predict: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE,
+    dino:FILE, run:DIR or random:NAME. Both have the same patch grid. Local crops, prototypes, masks and
+    --teacher-momentum are not used."""
     teacher_blocks: tuple[int, ...] = ()
-    """The student begins as these blocks of the teacher (from 0), with its patches and positions, and its tokens
-    themselves learn to point where the teacher's do; --patch, --embed-dim, --depth and --heads go unused. Else it is
-    drawn at random, and a linear map of its tokens learns it."""
+    """Start the student from these blocks of the teacher (from 0) and its patch and position embeddings; its tokens
+    themselves are trained to match the direction of the teacher's, and --patch, --embed-dim, --depth and --heads are
+    not used. Default: a random start, and a linear map of its tokens is trained to match."""
     class_weight: float = 1.0
-    """With --teacher: weight of the class token's loss; 0 teaches patches alone, and better (parts need no more)."""
+    """With --teacher: weight of the class token's loss. 0 trains patch tokens alone, which is better for parts."""
     size: int = 224
     """Side of a (global) crop in pixels."""
     local_size: int = 96
     """Side of a local crop in pixels."""
     local_crops: int = 6
-    """Local crops an image."""
+    """Local crops per image."""
     patch: int = 16
     """Patch side in pixels."""
     embed_dim: int = 384
@@ -33,29 +34,29 @@ class EncoderConfig:
     depth: int = 12
     """Blocks of the ViT."""
     heads: int = 6
-    """Attention heads a block."""
+    """Attention heads per block."""
     prototypes: int = 4096
     """Outputs of the projection head, shared by class and patch tokens."""
     mask_ratio: float = 0.3
-    """Share of a global crop's patches masked for the student, in block-shaped pieces."""
+    """Share of a global crop's patches that is masked for the student, in blocks."""
     epochs: int = 100
-    """Passes over the images; 0 leaves an untrained encoder, for a control."""
+    """Passes over the images; 0 leaves an untrained encoder, as a control."""
     batch_size: int = 256
     """Images a step, over all ranks."""
     base_lr: float = 5e-4
     """Learning rate at 256 images a step; scales with the batch."""
     warmup_epochs: float = 10.0
-    """Epochs of rising learning rate."""
+    """Epochs over which the learning rate rises."""
     weight_decay: float = 0.04
-    """AdamW's decay; none on biases and norms."""
+    """AdamW's weight decay; biases and norms have none."""
     teacher_momentum: float = 0.996
-    """Momentum of the teacher's weights at the start; a cosine takes it to 1."""
+    """Momentum of the teacher's weights at the start; it rises to 1 along a cosine."""
     knn: str | None = None
-    """A folder of class folders: their k-NN accuracy (leave-one-out, 2,000 images at most) is logged as `knn`."""
+    """Folder of class folders. Its k-NN accuracy (leave-one-out, at most 2,000 images) is logged as `knn`."""
     knn_epochs: int = 10
-    """Epochs between two measurements; there is always one at the end."""
+    """Epochs between two such measurements; the end is always measured."""
     seed: int = 0
-    """The one seed of the run."""
+    """Seed of everything random in the run."""
     run: RunConfig
 
     def __post_init__(self):
