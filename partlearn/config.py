@@ -121,7 +121,7 @@ class LearnConfig:
         if self.crops is None:
             object.__setattr__(self, "crops", 4 if self.steps and not self.consistency else 0)
         if self.consistency and self.crops:
-            raise ValueError(f"--consistency looks at fresh crops; take --crops 0 with it, got {self.crops}")
+            raise ValueError(f"consistency needs fresh crops; set crops to 0 with it, got {self.crops}")
         for name, least in (
             ("grid", 2),
             ("batch_size", 1),

@@ -12,7 +12,7 @@ from shards.shard_set import ShardSet
 from training.run_folder import untouched
 
 PASSES = 20_000
-"""Images that `tiny` takes: five minutes at 224 px on two CPU cores that do other work too (64 images a second)."""
+"""Images that `tiny` takes: about 5 minutes at 224 px on two CPU cores (346 s at a load of 4 to 5)."""
 
 GPU_PASSES = 1_000_000
 """Images that `small` takes at least: 2,000 steps, however small the set is."""

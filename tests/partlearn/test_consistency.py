@@ -99,6 +99,6 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
 def test_kept_views_cannot_be_looked_at_again(tmp_path):
     run = RunConfig(out=tmp_path, device="cpu")
 
-    with pytest.raises(ValueError, match="--crops 0"):
+    with pytest.raises(ValueError, match="set crops to 0"):
         LearnConfig(images="x", encoder="builtin", consistency=1.0, crops=2, run=run)
     assert LearnConfig(images="x", encoder="builtin", consistency=1.0, steps=9, run=run).kept_crops == 0
