@@ -14,7 +14,7 @@ def centred_tokens(
 
 
 def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:
-    """The whitening of points around their mean: parts lie in directions of small variance (partlearn/RESULTS.md)."""
+    """The whitening of points around their mean: parts are in directions of small variance (partlearn/RESULTS.md)."""
     centred = (points - points.mean(dim=0)).double()
     return whitening_from(centred.T @ centred / len(points), width).to(points.dtype)
 

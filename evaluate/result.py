@@ -80,7 +80,7 @@ def write_results(config: FeatureConfig, rows: Sequence[Result]) -> None:
 
 
 def results_path(checkpoint: str, out: Path | None) -> Path:
-    """results.jsonl in `out`, else in the run folder that `checkpoint` lies in, else in ./runs."""
+    """results.jsonl in `out`, else in the run folder that `checkpoint` is in, else in ./runs."""
     if out is not None:
         return out / "results.jsonl"
     if not checkpoint:

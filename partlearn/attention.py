@@ -119,7 +119,7 @@ def part_maps(
     logits: Float[Tensor, "batch parts patches"], softmax: Softmax, inside: Bool[Tensor, "batch patches"]
 ) -> Float[Tensor, "batch parts patches"]:
     """M of Eq. 2 on the cells `inside`, 0 elsewhere. Over positions, maps are scaled to mean 1 inside: their
-    entries would otherwise lie under AdaIN's epsilon."""
+    entries would otherwise be under AdaIN's epsilon."""
     if softmax == "parts":
         return logits.softmax(dim=1) * inside[:, None]
     return balanced(logits, softmax, inside).exp() * inside[:, None] * inside.sum(dim=1)[:, None, None]

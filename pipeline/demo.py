@@ -156,7 +156,7 @@ def demo(config: DemoConfig) -> None:
         run=runs["semantic masking"].run.out,
         seed=config.seed,
     )
-    print(f"image sheet: {sheet}\nall of it in {duration(time.monotonic() - began)}; everything lies in {config.out}")
+    print(f"image sheet: {sheet}\nall of it in {duration(time.monotonic() - began)}; everything is in {config.out}")
 
 
 def _learn_parts(job: Job) -> Path:

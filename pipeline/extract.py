@@ -32,7 +32,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
     tried three times and the others are built all the same; in this process its error ends the build at once.
 
     Args:
-        faulty: Files of the set that are not as they were written; they and the shards they belong to are made anew.
+        faulty: Files of the set that are not as they were written; they and the shards they belong to are made again.
 
     Raises:
         ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights.
@@ -121,7 +121,7 @@ def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller
         number, error = next(iter(failed.items()))
         raise ShardError(
             f"{len(failed)} of {count} shards failed {ATTEMPTS} times, first shard {number} with "
-            f"{type(error).__name__}: {error}; the others are kept, mend the cause and run the same command again"
+            f"{type(error).__name__}: {error}; the others are kept, repair the cause and run the same command again"
         ) from error
 
 
@@ -151,7 +151,7 @@ def _finish(
     if whole["rejected"]:
         print(
             f"{whole['rejected']} of {whole['inputs']['count']} images could not be used and are listed, with the "
-            f"reason, in {folder / 'rejected.parquet'}; once they are mended, add --retry-failed",
+            f"reason, in {folder / 'rejected.parquet'}; once they are repaired, add --retry-failed",
             file=sys.stderr,
         )
     return whole
@@ -168,7 +168,7 @@ def _refuse_too_many_rejects(config: ExtractConfig, folder: Path, source: Source
         first = rejected[0]
         raise ShardError(
             f"{len(rejected)} of {source.inputs['count']} images could not be read, the first, {first['source']}, "
-            f"because: {first['reason']}; mend them and add --retry-failed, or raise --max-rejects"
+            f"because: {first['reason']}; repair them and add --retry-failed, or raise --max-rejects"
         )
 
 

@@ -70,7 +70,7 @@ class Method:
 
 def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     """Score every labeller on every folder, print the table, and return its rows. A foreground below the centre prior
-    is told of on stderr.
+    gets a line on stderr.
 
     Raises:
         FileNotFoundError: A folder, a truth, a run or an encoder is missing.

@@ -28,7 +28,7 @@ def verify(config: VerifyConfig) -> None:
     if config.json:
         write_json(config.json, [dataclasses.asdict(fault) for fault in faults])
     if faults:
-        raise ShardError(f"{config.data} has {len(faults)} faults at level {config.level}; mend it with --repair")
+        raise ShardError(f"{config.data} has {len(faults)} faults at level {config.level}; repair it with --repair")
     print(f"{config.data}: no fault at level {config.level}")
 
 

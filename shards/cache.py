@@ -49,7 +49,7 @@ class Cache:
         self._failed: Exception | None = None
 
     def _forget_another_set(self, known: Path, theirs: bytes) -> None:
-        """A set may be built anew at the same place: copies of the old one go, whose sizes may be the same."""
+        """A set may be built again at the same place: copies of the old one go, whose sizes may be the same."""
         if not known.is_file() or known.read_bytes() != theirs:
             for copy in (self.folder / "shards").glob("*.tar"):
                 copy.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ class Cache:
         """Reading has come to `position`: shards of the windows before it may go.
 
         Raises:
-            ShardError: Copying ahead has failed; nothing that is missing is waited for in silence.
+            ShardError: Copying ahead has failed; nothing that is missing is waited for silently.
         """
         with self._changed:
             self._reached = position

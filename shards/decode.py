@@ -115,7 +115,7 @@ class ImageError(ValueError):
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha lies over white.
+    """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha is over white.
 
     Raises:
         ImageError: The bytes are no whole image; of the same bytes, always in the same words.

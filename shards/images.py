@@ -46,10 +46,10 @@ class ImageList:
 def list_images(source: str | Path) -> ImageList:
     """The images in `source`.
 
-    A folder (classes are its subfolders when all images lie in two or more of them; `images/` beside `labels/` or
+    A folder (classes are its subfolders when all images are in two or more of them; `images/` beside `labels/` or
     `masks/` stands for the folder), a text file (a path or URI a line, paths relative to the file, then perhaps a tab
     and the class), a .tar, or a folder of tars (class from `KEY.cls`, else from the first folder of the names). Each
-    may lie in an object store: `s3://bucket/train`.
+    may be in an object store: `s3://bucket/train`.
 
     Raises:
         FileNotFoundError: There is no such path.

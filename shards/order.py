@@ -16,7 +16,7 @@ def permutation(count: int, *, seed: int, epoch: int, purpose: int = ORDER) -> I
 
 
 class Epochs:
-    """The endless concatenation of epochs over a set: which sample lies at a position.
+    """The endless concatenation of epochs over a set: which sample is at a position.
 
     With `window` = 0 an epoch is one permutation of all samples. With `window` = R its shards are permuted, cut into
     windows of R, and the samples permuted within each window: R shards are read at a time, for slow or remote disks.

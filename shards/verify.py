@@ -77,7 +77,7 @@ def _whole(folder: Path, info: dict[str, Any]) -> Iterator[Fault]:
     if fingerprint(info) != info["fingerprint"]:
         yield Fault("dataset.json", "", -1, "the fingerprint does not fit its contents")
     if sum(shard["samples"] for shard in info["shards"]) != info["samples"]:
-        yield Fault("dataset.json", "", -1, f"its shards do not hold the {info['samples']} samples it tells of")
+        yield Fault("dataset.json", "", -1, f"its shards do not hold the {info['samples']} samples it reports")
     index = folder / "index.parquet"
     if not index.is_file():
         yield Fault(index.name, "", -1, "is missing")
@@ -105,7 +105,7 @@ def _sizes(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
         written = read_json(sidecar)
         expected[index] = written["index"]["bytes"]
         if (written["samples"], written["tar"]["sha256"]) != (told["samples"], told["sha256"]):
-            yield Fault(sidecar.name, "", -1, "tells of another shard than dataset.json")
+            yield Fault(sidecar.name, "", -1, "reports another shard than dataset.json")
     except FileNotFoundError:
         yield Fault(sidecar.name, "", -1, "is missing")
     except (ValueError, KeyError, TypeError):

@@ -12,7 +12,7 @@ from shards.writer import shard_paths
 
 def webdataset_pipeline(path: str | Path, *, shuffle: int = 1000, seed: int = 0) -> Any:
     """An iterable of dicts with `__key__`, `jpg` (uint8, height x width x 3), `cls` where there are classes,
-    `parts.npy` and `fgrank.npy`; shuffled as webdataset does it: the tars anew each epoch, then a buffer of `shuffle`
+    `parts.npy` and `fgrank.npy`; shuffled as webdataset does it: the tars afresh each epoch, then a buffer of `shuffle`
     samples.
 
     0 keeps the stored order. What our own stream promises beyond that is webdataset's not to give: it compares no

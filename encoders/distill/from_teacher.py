@@ -57,7 +57,7 @@ class FromTeacher(Objective):
         """Cosine losses of one step's crops against the teacher's tokens; moves the statistics, then uses them.
 
         Patches are compared twice: centred over all images, and as the part learner reads them, within their image
-        and whitened. Parts lie in directions of small variance, which the first alone hardly teaches (docs/log.md).
+        and whitened. Parts are in directions of small variance, which the first alone hardly teaches (docs/log.md).
         """
         ours, theirs = sample_pair(
             images,

@@ -89,7 +89,7 @@ def average_precision(scores: Float[np.ndarray, " cells"], truth: Bool[np.ndarra
 
 
 def recall_in_quarter(rank: Integer[np.ndarray, " cells"], truth: Bool[np.ndarray, " cells"]) -> float | None:
-    """Share of the true cells whose rank lies in the best quarter: |rank < cells // 4 and true| / |true|."""
+    """Share of the true cells whose rank is in the best quarter: |rank < cells // 4 and true| / |true|."""
     return float(truth[rank < len(rank) // 4].sum() / truth.sum()) if truth.any() else None
 
 

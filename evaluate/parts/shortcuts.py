@@ -33,7 +33,7 @@ def border_distance_rgb(
 
 
 def cell_colours(images: UInt8[np.ndarray, "images side side 3"], grid: int) -> Float[np.ndarray, "images grid grid 3"]:
-    """Mean colour of each cell, between 0 and 1; pixel y lies in row y · grid // side."""
+    """Mean colour of each cell, between 0 and 1; pixel y is in row y · grid // side."""
     side = images.shape[1]
     if side < grid:
         raise ValueError(f"images must be at least {grid} pixels wide for {grid} cells a side, got {side}")

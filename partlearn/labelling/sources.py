@@ -122,7 +122,7 @@ class FromImages:
 
 
 class FromShards:
-    """The images of a shard set in its own shards, for a label set that lies over them."""
+    """The images of a shard set in its own shards, for a label set that is over them."""
 
     def __init__(self, path: Path):
         self._shards = ShardSet.open(path)

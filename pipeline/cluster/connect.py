@@ -14,7 +14,7 @@ def connect() -> None:
 
 
 def refuse_paths_of_the_upload(*paths: Path) -> None:
-    """Under `ray job submit --working-dir`, a relative path lies in a temporary copy that Ray deletes.
+    """Under `ray job submit --working-dir`, a relative path is in a temporary copy that Ray deletes.
 
     Raises:
         ValueError: A path is relative, and this process runs in such a copy.

@@ -63,7 +63,7 @@ def build_on_ray(
 def room(nodes: list[dict[str, Any]], gpus_per_worker: float) -> tuple[int, float, int]:
     """CPUs and GPUs an actor asks for, and how many such actors fit on the living nodes (at least one is tried).
 
-    A share of a GPU lies on one GPU; no actor lies on two nodes.
+    A share of a GPU is on one GPU; no actor is on two nodes.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = gpus_per_worker if any(one.get("GPU") for one in resources) else 0.0

@@ -23,7 +23,7 @@ SIDE = 224
 def show_parts(config: LearnConfig) -> None:
     """Draw the image of a finished run where it has none, and say where it is and what comes next.
 
-    One that cannot be drawn, since photographs or encoder have moved, is told of on stderr: the parts are learned.
+    Where photographs or encoder have moved it cannot be drawn, and a line on stderr says so: the parts are learned.
     """
     out = config.run.out
     try:

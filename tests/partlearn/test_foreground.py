@@ -98,7 +98,7 @@ def test_the_component_explains_the_most_variance():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 20), min_size=10, max_size=40))
 def test_otsu_leaves_the_most_variance_between_the_groups(values):
-    """The slow twin: every threshold, means computed anew."""
+    """The slow twin: every threshold, means computed again."""
     score = torch.tensor([values], dtype=torch.float64)
     ordered, cells = sorted(values, reverse=True), len(values)
 

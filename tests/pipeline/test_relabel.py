@@ -1,4 +1,4 @@
-"""G9: labels made anew lie over a set and leave it as it was. And sets that are mended, to the bytes they had."""
+"""G9: labels made again lie over a set and leave it as it was. And sets that are repaired, to the bytes they had."""
 
 import gc
 import io
@@ -302,7 +302,7 @@ def flip_bit(folder: Path, *, index: int) -> tuple[str, str]:
     return key, tar.name
 
 
-def test_g2_a_mended_image_is_taken_in_by_retry_failed_as_if_it_had_always_been_whole(images, learned, tmp_path):
+def test_g2_a_repaired_image_is_taken_in_by_retry_failed_as_if_it_had_always_been_whole(images, learned, tmp_path):
     folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     options = {"images": str(folder), "parts": learned, "size": 32, "samples_per_shard": 4}
     extract(settings(out, **options))
@@ -370,7 +370,7 @@ def repair(folder: Path, **options) -> None:
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
-def test_g5_what_is_harmed_is_mended_to_the_digests_it_had(harm, mine, capsys):
+def test_g5_what_is_harmed_is_repaired_to_the_digests_it_had(harm, mine, capsys):
     before, info = state_of(mine), read_json(mine / "dataset.json")
     harm(mine)
 
@@ -398,7 +398,7 @@ def test_g5_shards_that_were_whole_are_not_written_again(mine):
     }
 
 
-def test_g5_a_label_set_is_mended_from_its_base(base, labels, tmp_path):
+def test_g5_a_label_set_is_repaired_from_its_base(base, labels, tmp_path):
     mine = Path(shutil.copytree(labels, tmp_path / "mine"))
     before = tars(mine)
     (mine / "shards/000001.tar").unlink()
@@ -411,7 +411,7 @@ def test_g5_a_label_set_is_mended_from_its_base(base, labels, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["a torn parquet of a shard", "a deleted index", "a deleted list of rejects"])
-def test_without_its_images_a_set_is_not_mended_and_not_harmed_further(fault, images, learned, tmp_path):
+def test_without_its_images_a_set_is_not_repaired_and_not_harmed_further(fault, images, learned, tmp_path):
     folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     extract(settings(out, images=str(folder), parts=learned, size=32, samples_per_shard=4))
     HARMS[fault](out)
@@ -441,7 +441,7 @@ def test_a_set_that_comes_out_with_other_bytes_says_so(images, learned, tmp_path
 def test_without_repair_faults_are_told_and_left(mine, tmp_path, capsys):
     key, _ = flip_bit(mine, index=6)
 
-    with pytest.raises(ShardError, match=r"has 2 faults at level deep; mend it with --repair"):
+    with pytest.raises(ShardError, match=r"has 2 faults at level deep; repair it with --repair"):
         verify_verb(VerifyConfig(data=mine, level="deep", json=tmp_path / "faults.json"))
 
     told = read_json(tmp_path / "faults.json")

@@ -254,7 +254,7 @@ def test_s8_an_index_that_is_not_the_one_named_is_refused(mine, s3, tmp_path):
         ShardSet.open(upload(mine, s3), cache=tmp_path / "cache")
 
 
-def test_after_the_store_has_mended_the_same_set_streams_on(mine, original, tmp_path):
+def test_after_the_store_has_repaired_the_same_set_streams_on(mine, original, tmp_path):
     """What failed once is asked for again by the next stream."""
     whole = (mine / "shards/000004.tar").read_bytes()
     harmed(mine / "shards/000004.tar")

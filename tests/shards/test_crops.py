@@ -33,7 +33,7 @@ EDGE = 3
 
 
 def jpeg_of(grey: np.ndarray) -> bytes:
-    """Cells of 16 px lie on JPEG's blocks, chroma's too, so that a flat cell stays flat within a level or two."""
+    """Cells of 16 px are on JPEG's blocks, chroma's too, so that a flat cell stays flat within a level or two."""
     pixels = np.repeat(np.repeat(grey, CELL, axis=0), CELL, axis=1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(np.stack([pixels] * 3, axis=-1)).save(buffer, "JPEG", quality=95)
@@ -107,7 +107,7 @@ def looked_at(batch: Batch, *, flip: bool, crop_scale: float) -> np.ndarray:
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop_scale", [1.0, 0.6, 0.2])
 def test_s7_a_label_cell_covers_what_it_covered_before(flip, crop_scale, painted_from):
-    """Parts against images painted from parts; ranks, which are made anew, by their order in those of ranks."""
+    """Parts against images painted from parts; ranks, which are made again, by their order in those of ranks."""
     what, shards = painted_from
 
     taken = batches(shards, 4, flip=flip, crop_scale=crop_scale, attention=True)
@@ -263,7 +263,7 @@ DECILES = np.arange(0.1, 1, 0.1)
 
 
 def laws(boxes: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-    """Area's share, log ratio, and where the box lies in the room it has, of each box (x0, y0, width, height)."""
+    """Area's share, log ratio, and where the box is in the room it has, of each box (x0, y0, width, height)."""
     x0, y0, width, height = boxes.T
     free_x, free_y = size - width > 8, size - height > 8
     return (

@@ -1,4 +1,4 @@
-"""Whatever lies in people's folders: read, or listed with the reason."""
+"""Whatever is in people's folders: read, or listed with the reason."""
 
 import io
 import tarfile

@@ -313,7 +313,7 @@ def test_s8_a_state_of_other_shards_or_labels_is_refused_by_the_field(make_shard
 
 
 class Counting(OpenFile):
-    """An open shard that tells of every read."""
+    """An open shard that reports every read."""
 
     reads: list[int] = []  # noqa: RUF012 (one list for all files)
 
@@ -471,7 +471,7 @@ def test_more_shards_than_may_be_open_are_read_by_several_threads(make_shards, m
     place=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 7),
 )
-def test_s8_no_flipped_bit_of_a_payload_is_passed_in_silence(index, member, place, bit, whole):
+def test_s8_no_flipped_bit_of_a_payload_is_passed_silently(index, member, place, bit, whole):
     row = whole.row(index)
     sizes = {"jpg": row.jpg_size, "parts": 128 + whole.grid**2, "fgrank": 128 + 2 * whole.grid**2}
     at = row.begin + (0 if member == "jpg" else getattr(row, member)) + int(place * sizes[member])
@@ -522,7 +522,7 @@ def exchange(one: Path, other: Path) -> None:
         ),
     ],
 )
-def test_s8_no_damaged_file_is_passed_in_silence(harm, told, make_shards):
+def test_s8_no_damaged_file_is_passed_silently(harm, told, make_shards):
     folder = make_shards().path
     harm(folder)
 

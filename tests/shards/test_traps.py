@@ -1,4 +1,4 @@
-"""Traps that stock webdataset lets people walk into in silence, each sprung here, and our reader beside it."""
+"""Traps that stock webdataset lets people walk into silently, each sprung here, and our reader beside it."""
 
 import gc
 import io

@@ -145,7 +145,7 @@ def test_truth_without_a_part_is_a_sentence(painted):
 
 
 def test_beyond_other_knows_parts_from_what_all_images_share():
-    """By hand: one stratum, truth drawn anew in each image; the truth itself scores 1, one map for all scores 0."""
+    """By hand: one stratum, truth drawn again in each image; the truth itself scores 1, one map for all scores 0."""
     truth = np.random.default_rng(0).integers(1, 3, (40, 6, 6))
     strata = np.zeros_like(truth)
     shared = np.broadcast_to(truth[0], truth.shape)

@@ -17,7 +17,7 @@ GRID, PARTS, COUNT = 4, 3, 3
 
 
 def stored(tmp_path: Path, *, background: bool, size: tuple[int, int] = (48, 32)) -> ShardSet:
-    """Right-hand squares of wide images, with labels that are exactly right; the truth lies in tmp_path/true."""
+    """Right-hand squares of wide images, with labels that are exactly right; the truth is in tmp_path/true."""
     random = np.random.default_rng(0)
     for kind in ("images", "labels"):
         (tmp_path / "true" / kind).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`extract --parts truth`: the stored labels are the part maps that lie beside the images."""
+"""`extract --parts truth`: the stored labels are the part maps that are beside the images."""
 
 import pickle
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_labels_are_the_cells_of_the_maps_and_the_foreground_ranks_first(folder,
             assert np.array_equal(sample.fgrank, depth_rank(foreground))
 
 
-def test_another_build_a_mended_one_and_an_actor_give_the_same_bytes(folder, tmp_path):
+def test_another_build_a_repaired_one_and_an_actor_give_the_same_bytes(folder, tmp_path):
     extract(config(tmp_path / "out", images=str(folder)))
     before = tars(tmp_path / "out")
     extract(config(tmp_path / "again", images=str(folder)))
