@@ -69,8 +69,10 @@ def learn(
             if config.updates
             else _started(task, run)
         )
-    for warning in warnings_of(report, config.num_parts, trained=report["steps"] > 0) if distributed.is_main() else ():
-        print(warning, file=sys.stderr)
+        for warning in (
+            warnings_of(report, config.num_parts, trained=report["steps"] > 0) if distributed.is_main() else ()
+        ):
+            print(warning, file=sys.stderr)
     return report
 
 

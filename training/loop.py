@@ -68,6 +68,7 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
                 save(task, run, step, skipped=skipped)
             if step < end and stop:
                 _tell(f"told to stop after {step:,} of {total:,} steps, which are kept; the same command goes on")
+                distributed.barrier()  # whoever leaves first ends the others, and the main rank may still be writing
                 raise SystemExit(TERMINATED)
         save(task, run, step, skipped=skipped)
     report = {"steps": step, **task.report(step), **figures, "skipped": skipped}

@@ -75,6 +75,7 @@ def knn_accuracy(
 
     DINO (arXiv:2104.14294, eval_knn.py), with every image both test and training image.
     """
+    tokens, labels = tokens.cpu(), labels.cpu()  # votes are counted in fp64, which MPS has not
     classes = int(labels.max()) + 1
     votes = knn_votes(
         tokens, labels, tokens, classes=classes, neighbours=neighbours, temperature=temperature, leave_one_out=True
