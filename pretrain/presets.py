@@ -38,7 +38,7 @@ def tiny(set_: SetShape) -> Settings:
 
     Command: semmae pretrain --preset tiny --data runs/shards --out runs/tiny
     Hardware: two CPU cores, 2 GB.
-    Hours: 0.1 at 224 px, whatever the set's size: 20,000 images are taken.
+    Hours: 0.1 at 224 px: 20,000 images are taken; a larger set is taken once, in proportion longer.
     Expect: features above those of an untrained encoder; it is a first look, no result.
     """
     model = {"embed_dim": 192, "depth": 6, "heads": 3, "decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
