@@ -38,7 +38,7 @@ SHOWN = {
 }  # fmt: skip
 """Columns of the printed table, and their names there; --json has all."""
 LEGEND = (
-    "AP: rank of the foreground. b1, b2: what labels tell of true parts beyond height and colour, with two null "
+    "AP: rank of the foreground. b1, b2: what labels say about true parts beyond height and colour, with two null "
     "models. NMI: with true parts, all images together. RGB: NMI with clusters of colours. shift, flip, seeds: "
     "agreement of two crops, with the mirror image, and of runs of other seeds. used: parts in an image. lone: cells "
     "that share their label with no neighbour. flip and lone look only where there are parts. --json FILE has more; "

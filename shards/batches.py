@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt16
 
-from shards.crops import crop_cells, crop_into, ranked_anew, sample_boxes, sample_flips
+from shards.crops import crop_cells, crop_into, reranked, sample_boxes, sample_flips
 from shards.decode import decode_jpeg_into, decode_mirrored_into, memory_for, pixels_in
 from shards.errors import SampleError, ShardError
 from shards.sample import Sample
@@ -193,7 +193,7 @@ def _place(
         x0, y0, width, height = params.boxes[row].tolist()
         crop_into(whole, (size - x0 - width if flip else x0, y0, width, height), image)
         labels = {name: crop_cells(cells, (x0, y0, width, height), size=size) for name, cells in labels.items()}
-        labels["fgrank"] = ranked_anew(labels["fgrank"])
+        labels["fgrank"] = reranked(labels["fgrank"])
     for name, cells in labels.items():
         getattr(batch, name)[row] = cells[..., ::-1] if flip else cells
     batch.class_ids[row] = sample.class_id

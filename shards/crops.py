@@ -58,7 +58,7 @@ def crop_cells(cells: np.ndarray, box: tuple[int, int, int, int], *, size: int) 
     return cells[..., rows[:, None], cols[None, :]]
 
 
-def ranked_anew(fgrank: np.ndarray) -> np.ndarray:
+def reranked(fgrank: np.ndarray) -> np.ndarray:
     """Ranks that repeat or have gaps, as a permutation again: same order, ties by place."""
     order = np.argsort(fgrank, axis=None, kind="stable")
     ranks = np.empty(fgrank.size, fgrank.dtype)

@@ -18,7 +18,7 @@ from shards.rng import VIEW, uniform
 
 BATCHES_AHEAD = 2
 _named: set[ImageFile] = set()
-"""Unreadable images told of on stderr: once a process, however often its batches begin again."""
+"""Unreadable images named on stderr: once a process, however often its batches begin again."""
 _telling = threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""Images before they are shards: which there are, and their pixels as RGB."""
+"""Images before they are shards: which there are, and their bytes."""
 
 import hashlib
 import json

@@ -96,7 +96,7 @@ def recall_in_quarter(rank: Integer[np.ndarray, " cells"], truth: Bool[np.ndarra
 def nmi(labels: Integer[np.ndarray, " cells"], truth: Integer[np.ndarray, " cells"]) -> float:
     """Normalised mutual information, I(L; T) / ((H(L) + H(T)) / 2).
 
-    The arithmetic mean of the entropies, as scikit-learn does unless told. 1 when both hold one value only.
+    The arithmetic mean of the entropies, as scikit-learn takes by default. 1 when both hold one value only.
     """
     table = contingency(labels, truth)
     mean = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2

@@ -84,7 +84,7 @@ def control_rows(images: TruthSet, *, size: int, grid: int, counts: Sequence[int
 def below_centre(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> list[Below]:
     """The rows whose foreground ranks worse, by AP, than closeness to the centre does in the same set and view.
 
-    Where all is foreground every rank has AP 1, and a row of 1 - 1e-16 is not told of.
+    Where all is foreground every rank has AP 1, and a row of 1 - 1e-16 is not reported.
     """
     centre = {(row["set"], row["view"]): row["foreground_ap"] for row in controls if row["method"] == "centre"}
     pairs = [(row, row["foreground_ap"], centre[row["set"], row["view"]]) for row in rows]

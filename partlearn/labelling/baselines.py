@@ -1,7 +1,7 @@
 """Part maps that nothing was learned for, behind the learner's own interface: what learned parts have to beat.
 
-k-means over all images is not here: it is a part learner that takes no step (`learn-parts`; plain with --no-relative
---whiten 0 --diffusion 0).
+k-means over all images is not here: it is a part learner that takes no step (`learn-parts`; the plain clusters with
+relative=False, whiten=0 and diffusion=0 in `LearnConfig`).
 """
 
 from dataclasses import dataclass

@@ -44,8 +44,8 @@ def build_shard(slice_: Slice, *, labeller: Labeller, config: ExtractConfig, pla
     """Label a slice, commit it as one shard, and return its sidecar.
 
     A pure function of its arguments, down to the bytes. Labels are computed on the stored JPEG's own pixels, while
-    threads prepare the next batch. Unreadable images are listed in the sidecar with their reason; none is lost in
-    silence.
+    threads prepare the next batch. Unreadable images are listed in the sidecar with their reason; none is lost
+    without a word.
     """
     rejected: list[Rejected] = []
     return write_shard(

@@ -12,7 +12,7 @@ from partlearn.config import TRUTH
 from partlearn.labelling.sources import Source, Stored
 from partlearn.labelling.stored_labels import Labels
 from shards.atomic import sha256_file, sha256_json
-from shards.crops import ranked_anew
+from shards.crops import reranked
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
@@ -99,7 +99,7 @@ def depth_rank(inside: Bool[np.ndarray, "rows cols"]) -> UInt16[np.ndarray, "row
         depth = _distance(np.pad(np.ones_like(inside), 1))[1:-1, 1:-1]
     else:
         depth = _distance(inside) - _distance(~inside)
-    return ranked_anew(-depth).astype(np.uint16)
+    return reranked(-depth).astype(np.uint16)
 
 
 def _distance(inside: Bool[np.ndarray, "rows cols"]) -> Float[np.ndarray, "rows cols"]:

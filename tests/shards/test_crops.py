@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from shards import decode
 from shards.batches import Batch
-from shards.crops import crop_cells, crop_into, ranked_anew, sample_boxes, sample_flips
+from shards.crops import crop_cells, crop_into, reranked, sample_boxes, sample_flips
 from shards.decode import assert_decoders_agree, decode_jpeg_into, decode_mirrored_into
 from shards.errors import ShardError
 from shards.sample import LabelledImage
@@ -122,8 +122,8 @@ def test_s7_a_label_cell_covers_what_it_covered_before(flip, crop_scale, painted
         else:
             for row in range(COUNT):
                 stored = np.rint(grey[row][clear[row]] / RANK_STEP).astype(int)
-                anew = batch.fgrank[row][clear[row]].astype(int)
-                order = np.argsort(anew)
+                again = batch.fgrank[row][clear[row]].astype(int)
+                order = np.argsort(again)
                 assert (np.diff(stored[order]) >= 0).all()
         assert (np.sort(batch.fgrank.reshape(COUNT, -1)) == np.arange(GRID**2)).all()
         assert np.array_equal(batch.attn[:, 0], PART_STEP * batch.parts)
@@ -160,11 +160,11 @@ def test_s7_ranks_of_a_crop_are_a_permutation_in_the_order_of_the_source(seed, g
     ranks = np.random.default_rng(seed).permutation(grid**2).astype(np.uint16).reshape(grid, grid)
 
     cut = crop_cells(ranks, (x0, y0, width, height), size=224)
-    anew = ranked_anew(cut)
+    again = reranked(cut)
 
-    assert anew.dtype == np.uint16
-    assert np.array_equal(np.sort(anew, axis=None), np.arange(grid**2))
-    in_order = cut.reshape(-1)[np.argsort(anew, axis=None)].astype(int)
+    assert again.dtype == np.uint16
+    assert np.array_equal(np.sort(again, axis=None), np.arange(grid**2))
+    in_order = cut.reshape(-1)[np.argsort(again, axis=None)].astype(int)
     assert (np.diff(in_order) >= 0).all()
 
 
@@ -174,7 +174,7 @@ def test_s7_cells_of_one_source_cell_are_ranked_by_place():
     cut = crop_cells(ranks, (0, 0, 1, 2), size=2)
 
     assert cut.tolist() == [[2, 2], [1, 1]]
-    assert ranked_anew(cut).tolist() == [[2, 3], [0, 1]]
+    assert reranked(cut).tolist() == [[2, 3], [0, 1]]
 
 
 @settings(deadline=None)
