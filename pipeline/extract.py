@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from partlearn.config import ExtractConfig
-from partlearn.labelling.protocol import Labeller, folder_of
-from partlearn.labelling.shard import Builder, labeller_of
+from partlearn.labelling.protocol import Labeller, folder_of, open_labeller
+from partlearn.labelling.shard import Builder
 from partlearn.labelling.sources import FromImages, Source, open_source
 from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
@@ -47,7 +47,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
     )
-    labeller = labeller_of(config, source)
+    labeller = open_labeller(config, source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):

@@ -4,18 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
-from encoders.frozen import CPU
-from partlearn.config import TRUTH
+from partlearn.config import TRUTH, ExtractConfig
 from partlearn.labelling.baselines import NAMES
 from partlearn.labelling.learned import open_token_labeller
 from partlearn.labelling.sources import Source, Stored
 from partlearn.labelling.stored_labels import Labels
 from partlearn.labelling.truth import TruthLabeller
+from training.device import pick_device
 
 
-@runtime_checkable
+@runtime_checkable  # for the checks of annotations in tests
 class Labeller(Protocol):
     """Gives images part labels and a foreground rank."""
 
@@ -53,19 +51,8 @@ class Labeller(Protocol):
         ...
 
 
-def open_labeller(
-    parts: str | Path,
-    source: Source | None = None,
-    *,
-    encoder: str | None = None,
-    grid: int | None = None,
-    block: int | None = None,
-    num_parts: int = 6,
-    device: torch.device = CPU,
-    precision: str = "auto",
-    attention: bool = False,
-) -> Labeller:
-    """The labeller that `parts` names: `truth`, or what `open_token_labeller` opens.
+def open_labeller(config: ExtractConfig, source: Source | None = None) -> Labeller:
+    """The labeller that `config.parts` names, on the device that is here.
 
     Args:
         source: The images, which `truth` needs: its maps are beside them.
@@ -74,19 +61,19 @@ def open_labeller(
         ValueError, FileNotFoundError: See `TruthLabeller` and `open_token_labeller`.
         CheckpointError: See `open_token_labeller`.
     """
-    if str(parts) == TRUTH:
+    if str(config.parts) == TRUTH:
         if source is None:
             raise ValueError("--parts truth needs the images that its maps are beside")
-        return TruthLabeller(source, grid=grid or 28)
+        return TruthLabeller(source, grid=config.grid or 28)
     return open_token_labeller(
-        parts,
-        encoder=encoder,
-        grid=grid,
-        block=block,
-        num_parts=num_parts,
-        device=device,
-        precision=precision,
-        attention=attention,
+        config.parts,
+        encoder=config.encoder,
+        grid=config.grid,
+        block=config.encoder_block,
+        num_parts=config.num_parts,
+        device=pick_device(config.run.device),
+        precision=config.run.precision,
+        attention=config.attention,
     )
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from partlearn.config import ExtractConfig
 from partlearn.labelling.protocol import Labeller, open_labeller
-from partlearn.labelling.sources import Load, Slice, Source, Stored
+from partlearn.labelling.sources import Load, Slice, Stored
 from shards.sample import LabelledImage, Rejected
 from shards.writer import write_shard
-from training.device import pick_device
 
 
 class Builder:
@@ -19,25 +18,10 @@ class Builder:
     def __init__(self, config: ExtractConfig, plan_digest: str, labeller: Labeller | None = None):
         """Without a labeller, opens the one that `config` names, on the device that is here."""
         self.config, self.plan_digest = config, plan_digest
-        self.labeller = labeller or labeller_of(config)
+        self.labeller = labeller or open_labeller(config)
 
     def build(self, slice_: Slice) -> dict[str, Any]:
         return build_shard(slice_, labeller=self.labeller, config=self.config, plan_digest=self.plan_digest)
-
-
-def labeller_of(config: ExtractConfig, source: Source | None = None) -> Labeller:
-    """The labeller that a config names; see `open_labeller`."""
-    return open_labeller(
-        config.parts,
-        source,
-        encoder=config.encoder,
-        grid=config.grid,
-        block=config.encoder_block,
-        num_parts=config.num_parts,
-        device=pick_device(config.run.device),
-        precision=config.run.precision,
-        attention=config.attention,
-    )
 
 
 def build_shard(slice_: Slice, *, labeller: Labeller, config: ExtractConfig, plan_digest: str) -> dict[str, Any]:

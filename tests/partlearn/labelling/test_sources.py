@@ -35,9 +35,13 @@ def test_a_name_is_no_folder(parts):
     assert folder_of(Path("runs") / parts) == Path("runs") / parts
 
 
-def test_truth_needs_its_images():
+def of_truth(out: Path) -> ExtractConfig:
+    return ExtractConfig(images="x", parts=Path("truth"), grid=4, run=RunConfig(out=out, device="cpu"))
+
+
+def test_truth_needs_its_images(tmp_path):
     with pytest.raises(ValueError, match="--parts truth needs the images that its maps are beside"):
-        open_labeller("truth")
+        open_labeller(of_truth(tmp_path))
 
 
 def test_what_goes_to_an_actor_as_it_is_holds_no_list_of_names(tmp_path):
@@ -49,9 +53,9 @@ def test_what_goes_to_an_actor_as_it_is_holds_no_list_of_names(tmp_path):
             Image.new("RGB", (32, 32)).save(tmp_path / f"images/{number}.jpg")
             Image.new("L", (32, 32), 255).save(tmp_path / f"masks/{number}.png")
         source = open_source(str(tmp_path), None, size=32, quality=90, samples_per_shard=4, seed=0)
-        labeller = open_labeller("truth", source, grid=4)
+        labeller = open_labeller(of_truth(tmp_path), source)
         assert isinstance(labeller, TruthLabeller)
         assert labeller.portable
-        sizes.append(len(pickle.dumps((ExtractConfig(images="x", run=RunConfig(out=tmp_path)), labeller))))
+        sizes.append(len(pickle.dumps((of_truth(tmp_path), labeller))))
 
     assert sizes[0] == sizes[1]

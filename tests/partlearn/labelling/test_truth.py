@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from partlearn.config import ExtractConfig
-from partlearn.labelling.shard import Builder, labeller_of
+from partlearn.labelling.protocol import open_labeller
+from partlearn.labelling.shard import Builder
 from partlearn.labelling.sources import Source, open_source
 from partlearn.labelling.truth import depth_rank
 from pipeline.config import VerifyConfig
@@ -87,7 +88,7 @@ def test_another_build_a_repaired_one_and_an_actor_give_the_same_bytes(folder, t
     victim.write_bytes(victim.read_bytes()[:-700])
     verify_verb(VerifyConfig(data=tmp_path / "out", repair=True))
     settings, (source, plan) = config(tmp_path / "again", images=str(folder)), source_and_plan(folder, tmp_path)
-    truth, slice_ = pickle.loads(pickle.dumps((labeller_of(settings, source), source.slice(0))))
+    truth, slice_ = pickle.loads(pickle.dumps((open_labeller(settings, source), source.slice(0))))
     Builder(settings, plan, truth).build(slice_)
 
     assert tars(tmp_path / "out") == tars(tmp_path / "again") == before
