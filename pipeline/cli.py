@@ -96,8 +96,9 @@ def pretrain(
     asked_for = fields_of(config)
     run = asked_for.pop("run")
     if backend == "ray":
-        from pipeline.cluster.connect import has_gpus
+        from pipeline.cluster.connect import has_gpus, refuse_paths_of_the_upload
 
+        refuse_paths_of_the_upload(run.out)
         cuda = run.device in ("auto", "cuda") and has_gpus()
     else:
         cuda = pick_device(run.device).type == "cuda"

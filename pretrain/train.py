@@ -118,11 +118,9 @@ class Pretraining(Task):
                 yield loss * (len(piece.images) / len(self.masked.images))
 
     def figures(self, step: int) -> dict[str, float]:
-        masked = self.masked
-        return {
-            "alpha": alpha_at(step / self.total, self.config.gamma),
-            "purity": purity(masked.mask, masked.labels, self.shards.groups).item(),
-        }
+        whole = purity(self.masked.mask, self.masked.labels, self.shards.groups).to(self.device)
+        alpha = alpha_at(step / self.total, self.config.gamma)
+        return {"alpha": alpha, "purity": distributed.mean_over_ranks(whole).item()}
 
     def tensors(self) -> dict[str, Tensor]:
         return self.model.state_dict()

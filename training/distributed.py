@@ -80,7 +80,20 @@ def on_any_rank(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is set on any rank: what all ranks must do together."""
     if world_size() == 1:
         return flags
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    told = torch.tensor(flags, dtype=torch.int32, device=device)
+    told = torch.tensor(flags, dtype=torch.int32, device=_of_the_group())
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return tuple(bool(flag) for flag in told.tolist())
+
+
+def agree(number: int) -> bool:
+    """Whether the number is the same on every rank."""
+    if world_size() == 1:
+        return True
+    main = torch.tensor(number, device=_of_the_group())
+    broadcast([main])
+    return not on_any_rank(int(main) != number)[0]
+
+
+def _of_the_group() -> str:
+    """The kind of device whose tensors the group sends."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -12,7 +12,7 @@ from training import checkpoint, distributed
 from training.config import RunConfig
 from training.metrics import Metrics, last_figures
 from training.progress import Progress
-from training.run_folder import RunFolder
+from training.run_folder import RunError, RunFolder
 from training.task import Task
 from training.update import update
 
@@ -26,7 +26,8 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     """Take the steps of `task` that are left and return its report; when they are `total`, the run is finished.
 
     A gradient that is not finite, on any rank, skips its step on all of them. SIGTERM, to any rank, ends the process
-    after the step under way, with a checkpoint, no DONE.json, and exit status TERMINATED.
+    after the step under way, with a checkpoint, no DONE.json, and exit status TERMINATED; where that step was the last
+    one, the run is finished first.
 
     Args:
         stop_after_steps: End early, with a checkpoint, when so many are done in all, as a kill would.
@@ -34,6 +35,7 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     Raises:
         FloatingPointError: MOST_SKIPPED steps in a row were skipped, or a weight is not finite; the newest checkpoint
             is whole.
+        RunError: The ranks see different checkpoints.
     """
     step, skipped = _resume(task, run)
     figures = last_figures(run.path, step=step)
@@ -76,6 +78,8 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     if step == total:
         run.finish(report)
     distributed.barrier()
+    if told_to_stop():
+        raise SystemExit(TERMINATED)
     return report
 
 
@@ -83,14 +87,14 @@ def save(task: Task, run: RunFolder, step: int, *, skipped: int = 0) -> None:
     """Write a checkpoint on the main rank; called on all, because gathering a model may need all.
 
     Raises:
-        FloatingPointError: A weight is not finite. A gradient can still be finite on the step that spoils the weights,
-            and the newest checkpoint is where a run resumes.
+        FloatingPointError: A weight is not finite, of the model or beside it. A gradient can still be finite on the
+            step that spoils the weights, and the newest checkpoint is where a run resumes.
     """
     tensors = task.tensors()
-    spoilt = next((name for name, one in tensors.items() if one.is_floating_point() and not one.isfinite().all()), None)
-    if spoilt:
+    trained = [weight for group in task.optimizer.param_groups for weight in group["params"]]
+    if not all(bool(one.isfinite().all()) for one in (*tensors.values(), *trained)):
         raise FloatingPointError(
-            f"weights are no longer finite after step {step - 1} ({spoilt}); resume from the last checkpoint with "
+            f"weights are no longer finite after step {step - 1}; resume from the last checkpoint with "
             "--precision fp32, or start again with a lower --base-lr"
         )
     state = {"optimizer": task.optimizer.state_dict(), "skipped": skipped, **task.state(step)}
@@ -101,6 +105,11 @@ def save(task: Task, run: RunFolder, step: int, *, skipped: int = 0) -> None:
 def _resume(task: Task, run: RunFolder) -> tuple[int, int]:
     """Steps done and skipped at the newest checkpoint, which the task has taken back."""
     newest = checkpoint.newest(run.path)
+    step = int(newest.name.removeprefix("step-")) if newest else 0
+    if not distributed.agree(step):
+        raise RunError(
+            f"the ranks see different checkpoints in {run.path}; --out must be one folder that all of them see"
+        )
     if newest is None:
         return 0, 0
     state = checkpoint.load_state(newest)

@@ -127,6 +127,7 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
         check(ranks)
         with RunFolder.open(config) as run:
             distributed.barrier()
+            (run.finished,) = distributed.on_any_rank(distributed.is_main() and run.finished)
             yield run
     finally:
         if joined:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training import checkpoint, distributed
 from training.config import RunConfig
-from training.loop import MOST_SKIPPED, TERMINATED, train
+from training.loop import MOST_SKIPPED, TERMINATED, save, train
 from training.metrics import read_metrics
 from training.run_folder import opened
 from training.task import Task
@@ -70,8 +70,12 @@ class Toy(Task):
         return {"weight": self.weight.item()}
 
 
+def config_of(out: Path) -> ToyConfig:
+    return ToyConfig(RunConfig(out=out, device="cpu", checkpoint_minutes=1e9))
+
+
 def run(out: Path, task: Toy, stop: int | None = None) -> dict:
-    config = ToyConfig(RunConfig(out=out, device="cpu", checkpoint_minutes=1e9))
+    config = config_of(out)
     with opened(config) as folder:
         return train(task, folder, config.run, total=STEPS, stop_after_steps=stop)
 
@@ -170,15 +174,38 @@ def test_sigterm_saves_and_exits_without_done(tmp_path, capfd):
     assert run(tmp_path, Toy())["weight"] == run(tmp_path / "straight", Toy())["weight"]
 
 
-def on_two_ranks(folder: Path, spoil: Callable[[int], float]) -> list[int | None]:
-    """Exit codes of two processes that train the toy together; `spoil` is the second one's."""
+def test_sigterm_in_the_last_step_finishes_the_run_and_ends_the_process(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, Toy(sigterm_at(STEPS - 1)))
+
+    assert ended.value.code == TERMINATED
+    assert json.loads((tmp_path / "DONE.json").read_text())["steps"] == STEPS
+
+
+def test_a_weight_beside_the_model_that_is_not_finite_is_not_saved(tmp_path):
+    run(tmp_path, Toy(), stop=5)
+    task = Toy()
+    head = torch.nn.Parameter(torch.zeros(1))
+    task.optimizer.add_param_group({"params": [head]})
+    head.data.fill_(torch.inf)
+
+    with opened(config_of(tmp_path / "other")) as folder, pytest.raises(FloatingPointError, match="no longer finite"):
+        save(task, folder, 6)
+
+    assert checkpoint.newest(tmp_path / "other") is None
+
+
+def on_two_ranks(
+    folder: Path, spoil: Callable[[int], float] = lambda step: 0.0, outs: tuple[str, str] = ("run", "run")
+) -> list[int | None]:
+    """Exit codes of two processes that train the toy together, each in its folder; `spoil` is the second one's."""
 
     def process(rank: int) -> None:
         torch.set_num_threads(1)
         store = dist.FileStore(str(folder / "store"), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
         task = Toy(spoil if rank else lambda step: 0.0)
-        report = run(folder / "run", task)
+        report = run(folder / outs[rank], task)
         (folder / f"{rank}.json").write_text(json.dumps(report))
 
     folder.mkdir(exist_ok=True)
@@ -205,3 +232,11 @@ def test_sigterm_to_one_rank_ends_both(tmp_path):
 
     assert checkpoint.newest(tmp_path / "two/run") == tmp_path / "two/run/checkpoints/step-00000007"
     assert not (tmp_path / "two/run/DONE.json").exists()
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(tmp_path, capfd):
+    run(tmp_path / "two" / "main", Toy(), stop=3)
+
+    assert on_two_ranks(tmp_path / "two", outs=("main", "elsewhere")) == [1, 1]
+
+    assert capfd.readouterr().err.count("the ranks see different checkpoints") == 2
