@@ -38,6 +38,17 @@ def started(images: Path, parts: Path, out: Path, *, most_bytes: int | None = No
     return warm.python("-m", "pipeline", "extract", *to, *options.split(), most_bytes=most_bytes)
 
 
+def test_the_shards_have_the_quality_and_the_order_asked_for(parts, tmp_path):
+    photos, kept = photographs(tmp_path / "photos", 6), {}
+    for name, changes in {"plain": {}, "coarse": {"quality": 20}, "other": {"seed": 7}}.items():
+        extract(config(photos, parts, tmp_path / name, **changes))
+        with ShardSet.open(tmp_path / name) as shards:
+            kept[name] = shards.sources, sum(len(shards.read(index).jpeg) for index in range(6))
+
+    assert kept["coarse"][1] < 0.8 * kept["plain"][1]
+    assert kept["coarse"][0] == kept["plain"][0] != kept["other"][0]
+
+
 def test_killed_again_and_again_it_ends_with_the_same_bytes(parts, tmp_path):
     photos = photographs(tmp_path / "photos", 40)
     assert started(photos, parts, tmp_path / "straight").wait() == 0

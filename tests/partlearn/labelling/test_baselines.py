@@ -243,6 +243,19 @@ def test_extraction_writes_a_baseline_and_says_which(tmp_path):
         assert {label for i in range(5) for label in np.unique(shards.read(i).parts)} == {0, 1, 2, 3}
 
 
+def test_a_baseline_reads_the_block_that_is_asked_for(tmp_path):
+    photos = photographs(tmp_path / "photos", 3)
+
+    labels = [
+        extract(extraction(photos, tmp_path / f"set-{block}", "kmeans-image", encoder_block=block))["producer"][
+            "labels"
+        ]
+        for block in (2, 9)
+    ]
+
+    assert [one["encoder"]["block"] for one in labels] == [2, 9]
+
+
 def test_a_baseline_without_an_encoder_is_a_sentence():
     with pytest.raises(ValueError, match="the baseline grid needs an --encoder"):
         open_token_labeller("grid")

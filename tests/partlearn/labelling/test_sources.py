@@ -3,12 +3,13 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from partlearn.config import ExtractConfig
 from partlearn.labelling.protocol import folder_of, open_labeller
-from partlearn.labelling.sources import open_source
+from partlearn.labelling.sources import Stored, open_source
 from partlearn.labelling.truth import TruthLabeller
 from training.config import RunConfig
 
@@ -27,6 +28,20 @@ def test_a_builder_is_sent_its_slice_and_nothing_that_grows_with_the_set(tmp_pat
         assert len(source.slice(1).loads()) == PER_SHARD
 
     assert sizes[1] < 1.1 * sizes[0] < 500_000
+
+
+def test_images_are_stored_at_the_quality_and_size_asked_for(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    sizes = []
+    for quality in (20, 95):
+        source = open_source(str(tmp_path), None, size=40, quality=quality, samples_per_shard=4, seed=0)
+        stored = source.slice(0).loads()[0]()
+        assert isinstance(stored, Stored)
+        assert stored.pixels.shape == (40, 40, 3)
+        sizes.append(len(stored.jpeg))
+
+    assert 2 * sizes[0] < sizes[1]
 
 
 @pytest.mark.parametrize("parts", ["heads", "shuffled-kmeans-image", "truth", "builtin"])
