@@ -1,5 +1,6 @@
 """Named pretrainings, and what a pretraining without a name follows from: its set and its machine."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -193,9 +194,10 @@ def _refuse_contradictions(name: str, fixed: Settings, given: Settings) -> None:
 
 
 def _say(name: str, why: str, set_: SetShape, chosen: Settings) -> None:
+    steps = math.ceil(chosen["epochs"] * set_.images / chosen["batch_size"])
     print(
         f"{set_.images:,} images of {set_.size} px and {why}: the model of --preset {name} ({chosen['depth']} blocks, "
         f"{chosen['embed_dim']} wide, patch {chosen['patch']}), {chosen['epochs']} epochs in batches of "
-        f"{chosen['batch_size']}; flags change it, and this folder keeps it",
+        f"{chosen['batch_size']}, {steps:,} steps; flags change it, and this folder keeps it",
         file=sys.stderr,
     )

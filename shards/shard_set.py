@@ -295,7 +295,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no shard set at {folder}: expected a folder with dataset.json")
     if not (folder / "dataset.json").is_file():
-        raise ShardError(f"{folder} has no dataset.json: the set is not finished; run the same extract command again")
+        raise ShardError(
+            f"{folder} has no dataset.json: it is not a shard set, or one whose extract command must be run again"
+        )
     try:
         info = read_json(folder / "dataset.json")
     except ValueError as error:

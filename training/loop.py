@@ -3,16 +3,15 @@
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 
 from training import checkpoint, distributed
 from training.config import RunConfig
 from training.metrics import Metrics, last_figures
 from training.progress import Progress
 from training.run_folder import RunError, RunFolder
+from training.signals import signals_noted
 from training.task import Task
 from training.update import update
 
@@ -27,7 +26,7 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
 
     A gradient that is not finite, on any rank, skips its step on all of them. SIGTERM, to any rank, ends the process
     after the step under way, with a checkpoint, no DONE.json, and exit status TERMINATED; where that step was the last
-    one, the run is finished first.
+    one, the run is finished first. Ctrl-C does the same and raises KeyboardInterrupt; a second one waits for nothing.
 
     Args:
         stop_after_steps: End early, with a checkpoint, when so many are done in all, as a kill would.
@@ -40,14 +39,17 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     step, skipped = _resume(task, run)
     figures = last_figures(run.path, step=step)
     end = total if stop_after_steps is None else min(total, stop_after_steps)
+    if step:
+        _tell(f"{run.path} goes on after {step:,} of {total:,} steps")
     with ExitStack() as stack:
-        told_to_stop = stack.enter_context(_sigterm())
+        signals = stack.enter_context(signals_noted())
         metrics = stack.enter_context(closing(Metrics(run.path, step=step)))
         progress = stack.enter_context(closing(Progress(total, task.name, "steps", done=step)))
         task.open(step)
         stack.callback(task.close)
         clock, began, first, in_a_row = checkpoint.Clock(config.checkpoint_minutes), time.monotonic(), step, 0
-        while step < end:
+        stop = False
+        while step < end and not stop:
             rate = task.rate(step)
             loss, norm = update(task.optimizer, task.losses(step), rate=rate, largest_norm=task.largest_norm)
             if math.isfinite(norm):
@@ -65,21 +67,18 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
                 metrics.log(step, **finite, skipped=skipped, images_per_second=speed)
             step += 1
             progress.advance(**{name: figures[name] for name in task.shown if name in figures})
-            due, stop = distributed.on_any_rank(distributed.is_main() and clock.due(), told_to_stop())
-            if step < end and (due or stop):
+            due, stop = distributed.on_any_rank(distributed.is_main() and clock.due(), bool(signals))
+            if due:
                 save(task, run, step, skipped=skipped)
-            if step < end and stop:
-                _tell(f"told to stop after {step:,} of {total:,} steps, which are kept; the same command goes on")
-                distributed.barrier()  # whoever leaves first ends the others, and the main rank may still be writing
-                raise SystemExit(TERMINATED)
         save(task, run, step, skipped=skipped)
     report = {"steps": step, **task.report(step), **figures, "skipped": skipped}
     report.pop("images_per_second", None)
     if step == total:
         run.finish(report)
-    distributed.barrier()
-    if told_to_stop():
-        raise SystemExit(TERMINATED)
+    distributed.barrier()  # whoever leaves first ends the others, and the main rank may still be writing
+    if stop or signals:
+        _tell(f"told to stop after {step:,} of {total:,} steps, which are kept; the same command goes on")
+        raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(TERMINATED)
     return report
 
 
@@ -130,18 +129,3 @@ def _tell_skipped(step: int, in_a_row: int) -> None:
 def _tell(line: str) -> None:
     if distributed.is_main():
         print(line, file=sys.stderr)
-
-
-@contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM is noted and not obeyed; yields whether it came. Outside the main thread, where Ray Train runs
-    its workers, Python lets nobody handle signals, and nothing changes."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)

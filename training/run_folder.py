@@ -128,6 +128,8 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
         with RunFolder.open(config) as run:
             distributed.barrier()
             (run.finished,) = distributed.on_any_rank(distributed.is_main() and run.finished)
+            if run.finished and distributed.is_main():
+                print(f"{run.path} is finished already; its figures are those of then", file=sys.stderr)
             yield run
     finally:
         if joined:

@@ -515,7 +515,7 @@ def exchange(one: Path, other: Path) -> None:
             r"index\.parquet is missing or not the one dataset\.json names",
         ),
         (lambda folder: cut(folder / "dataset.json", 100), r"dataset\.json is no whole JSON"),
-        (lambda folder: (folder / "dataset.json").unlink(), r"no dataset\.json: the set is not finished"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"no dataset\.json: it is not a shard set"),
         (
             lambda folder: exchange(folder / "shards/000000.tar", folder / "shards/000001.tar"),
             r"00000[01]\.tar",

@@ -150,13 +150,17 @@ def test_the_loop_scales_gradients_down_to_the_largest_norm_of_its_task(tmp_path
     assert report["grad_norm"] == pytest.approx(2.0)
 
 
-def sigterm_at(step: int) -> Callable[[int], float]:
+def signal_at(step: int, number: signal.Signals) -> Callable[[int], float]:
     def spoil(now: int) -> float:
         if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return 0.0
 
     return spoil
+
+
+def sigterm_at(step: int) -> Callable[[int], float]:
+    return signal_at(step, signal.SIGTERM)
 
 
 def test_sigterm_saves_and_exits_without_done(tmp_path, capfd):
@@ -172,6 +176,46 @@ def test_sigterm_saves_and_exits_without_done(tmp_path, capfd):
     assert task.open_files == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert run(tmp_path, Toy())["weight"] == run(tmp_path / "straight", Toy())["weight"]
+
+
+def test_ctrl_c_keeps_the_steps_that_are_done(tmp_path, capfd):
+    before, task = signal.getsignal(signal.SIGINT), Toy(signal_at(6, signal.SIGINT))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, task)
+
+    assert "told to stop after 7 of 30 steps, which are kept" in capfd.readouterr().err
+    assert task.accepted[-1] == 6
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000007"
+    assert signal.getsignal(signal.SIGINT) is before
+    run(tmp_path, Toy())
+    assert "goes on after 7 of 30 steps" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
+    def twice(step: int) -> float:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.0
+
+    task = Toy(twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, task)
+
+    assert task.accepted[-1] == 5
+    assert checkpoint.newest(tmp_path) is None
+    assert task.open_files == 0
+
+
+def test_a_finished_run_is_said_to_be_one(tmp_path, capfd):
+    run(tmp_path, Toy())
+    assert "finished already" not in capfd.readouterr().err
+
+    with opened(config_of(tmp_path)) as folder:
+        assert folder.finished
+
+    assert f"{tmp_path} is finished already" in capfd.readouterr().err
 
 
 def test_sigterm_in_the_last_step_finishes_the_run_and_ends_the_process(tmp_path):
