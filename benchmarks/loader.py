@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from benchmarks.prepared import IMAGENET, SIZE, Prepared, prepare
+from benchmarks.prepared import IMAGENET, IMAGENET_SHARDS, PER_SMALL_SHARD, SIZE, Prepared, prepare
 from benchmarks.quiet import cores_here
 from benchmarks.rounds import BLOCK_S, Case, Report, Row, exact, gate_in_words, interleaved, ratios, summary
 from shards.decode import decode_jpeg_into, memory_for, pixels_in
@@ -37,12 +38,14 @@ PAIRS = [
     ("stream", "webdataset"),
     ("stream", "imagefolder_mae"),
     ("stream_2_threads", "stream"),
+    ("cached_626", "local_626"),
 ]
 BARS = {
     "stream/decode_limit": (">=", 0.85),
     "stream/webdataset": (">=", 2.0),
     "stream/imagefolder_mae": (">=", 10.0),
     "stream_2_threads/stream": (">=", 1.7),
+    "cached_626/local_626": (">=", 0.9),
 }
 TAR_BLOCK = 512
 """Bytes of a member's header in a tar; its data are padded to a multiple."""
@@ -57,7 +60,13 @@ def bench_loader(images: str, *, out: Path, minutes: float, most: int, block_s: 
         FileNotFoundError: There are no such images.
     """
     prepared = prepare(images, out, most=most)
-    with ShardSet.open(prepared.shards) as shards, ShardSet.open(prepared.many) as many, _one_thread():
+    with (
+        ShardSet.open(prepared.shards) as shards,
+        ShardSet.open(prepared.many) as many,
+        ShardSet.open(prepared.small) as small,
+        _cached(prepared.small) as cached,
+        _one_thread(),
+    ):
         cases = [
             Case("stream", _stream(shards, threads=1)),
             Case("stream_2_threads", _stream(shards, threads=2), cores=2),
@@ -66,6 +75,8 @@ def bench_loader(images: str, *, out: Path, minutes: float, most: int, block_s: 
             Case("decode_limit", _decode(shards)),
             Case("order_1_28m", _calls(_order), unit="s"),
             Case("seek_1_28m", _calls(lambda call: _seek(many, call)), unit="s"),
+            Case("local_626", _stream(small, threads=1)),
+            Case("cached_626", _stream(cached, threads=1)),
         ]
         cases = [case for case in cases if case.cores <= cores_here()]
         names = [case.name for case in cases]
@@ -182,6 +193,15 @@ def _sizes(prepared: Prepared, count: int) -> list[Row]:
 
 
 @contextmanager
+def _cached(small: Path) -> Iterator[ShardSet]:
+    """The set read through a cache that holds all of its copies, made before anything is measured."""
+    with TemporaryDirectory(dir=small.parent) as folder, ShardSet.open(small, cache=folder) as shards:
+        for index in range(len(shards)):
+            shards.read(index)
+        yield shards
+
+
+@contextmanager
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -201,6 +221,7 @@ def _caption(count: int) -> str:
         f"{count:,} images, batches of {BATCH}, one core unless a row says otherwise. "
         f"stream: {SIZE} px, mirrored, uint8, labels; webdataset: the same, not mirrored; "
         "imagefolder_mae: original files, cropped, mirrored, normalised, no labels. "
+        f"local_626 and cached_626: {IMAGENET_SHARDS} shards of {PER_SMALL_SHARD}, in place and from a cache. "
         f"stream and decode_limit decode with {ours}, webdataset {version('webdataset')} and "
         f"torchvision {version('torchvision')} with {pillow}. {gate_in_words()}"
     )

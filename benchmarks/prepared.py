@@ -1,7 +1,9 @@
-"""The same images thrice: files in class folders, a shard set with stub labels, an index of ImageNet's length."""
+"""The same images four times: files in class folders, a shard set with stub labels, an index of ImageNet's length, and
+as many small shards as ImageNet makes."""
 
 import dataclasses
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +11,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from shards.atomic import read_json, sha256_file, sha256_json, write_json
-from shards.build import finalise, open_plan
+from shards.atomic import read_json, sha256_file, sha256_json, write_json, write_whole
+from shards.build import finalise, fingerprint, open_plan
 from shards.decode import ImageError, decode_rgb, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
-from shards.sample import LabelledImage, Rejected
-from shards.writer import write_shard
+from shards.index import merged, table_bytes
+from shards.sample import LabelledImage, Rejected, Sample
+from shards.shard_set import FORMAT, VERSION, ShardSet
+from shards.writer import shard_paths, write_shard
 from training.progress import Progress
 
 SIZE, QUALITY, GRID, GROUPS, PER_SHARD = 224, 90, 28, 7, 2048
 IMAGENET = 1_281_167
+IMAGENET_SHARDS = -(-IMAGENET // PER_SHARD)
+PER_SMALL_SHARD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,8 @@ class Prepared:
     shards: Path
     many: Path
     """The same shards behind an index of as many samples as ImageNet has."""
+    small: Path
+    """The same samples, over and over, in as many shards as ImageNet makes: more than are kept open."""
 
 
 def some_images(images: str, most: int) -> ImageList:
@@ -54,12 +62,14 @@ def prepare(images: str, out: Path, *, most: int) -> Prepared:
         "settings": [SIZE, QUALITY, GRID, GROUPS, PER_SHARD],
     }
     folder = out / f"loader-{sha256_json(plan)[:12]}"
-    made = Prepared(folder / "originals", folder / "shards", folder / "many")
+    made = Prepared(folder / "originals", folder / "shards", folder / "many", folder / "small")
     if not (made.shards / "dataset.json").is_file():
         made.shards.mkdir(parents=True, exist_ok=True)
         _write_set(listed, made, plan)
     if not (made.many / "dataset.json").is_file():
         _write_many(made)
+    if not (made.small / "dataset.json").is_file():
+        _write_small(made)
     return made
 
 
@@ -128,3 +138,36 @@ def _write_many(made: Prepared) -> None:
     digest = sha256_file(made.many / "index.parquet")
     changed = {"samples": IMAGENET, "shards": [*others, filled], "index_sha256": digest}
     write_json(made.many / "dataset.json", info | changed)
+
+
+def _write_small(made: Prepared) -> None:
+    """One small shard, copied until there are as many as ImageNet makes; only good for reading."""
+    made.small.mkdir(exist_ok=True)
+    with ShardSet.open(made.shards) as shards:
+        info = {name: shards.info[name] for name in ("grid", "groups", "size", "classes")}
+        samples = [_again(shards.read(place % len(shards)), place) for place in range(PER_SMALL_SHARD)]
+    told = write_shard(made.small, 0, samples, groups=GROUPS, plan_digest="", rejected=[])
+    first, index, _ = shard_paths(made.small, 0)
+    for number in range(1, IMAGENET_SHARDS):
+        shutil.copyfile(first, shard_paths(made.small, number)[0])
+    table = merged([pq.read_table(index)] * IMAGENET_SHARDS)
+    write_whole(made.small / "index.parquet", table_bytes(table))
+    shard = {"samples": PER_SMALL_SHARD} | told["tar"]
+    info |= {
+        "format": FORMAT,
+        "version": VERSION,
+        "samples": table.num_rows,
+        "shards": [
+            shard | {"name": shard_paths(made.small, number)[0].name, "first_index": number * PER_SMALL_SHARD}
+            for number in range(IMAGENET_SHARDS)
+        ],
+        "index_sha256": sha256_file(made.small / "index.parquet"),
+    }
+    write_json(made.small / "dataset.json", info | {"fingerprint": fingerprint(info)})
+
+
+def _again(sample: Sample, place: int) -> LabelledImage:
+    key, whole = f"{place:08d}", (0.0, 0.0, float(SIZE), float(SIZE))
+    return LabelledImage(
+        key, key, sample.class_id, sample.jpeg, sample.parts, sample.fgrank, src_width=SIZE, src_height=SIZE, box=whole
+    )

@@ -101,22 +101,24 @@ class Cache:
         if self._failed:
             raise ShardError(f"copying shards from {self.source} failed: {self._failed}") from self._failed
 
-    def local(self, number: int) -> Path:
-        """The copy of a shard, made now if it is not there.
+    def local(self, number: int) -> tuple[Path, bool]:
+        """The copy of a shard, and whether it was made now, for which others may have been deleted.
 
         Raises:
             ShardError: What the store gives is not what dataset.json names.
         """
         told = self._shards[number]
         path = self.folder / "shards" / told["name"]
-        if _size(path) != told["bytes"]:
-            with FileLock(path.with_suffix(".lock")):
-                if _size(path) != told["bytes"]:
-                    with self._changed:
-                        self._has_room(told)  # made where it can be, not waited for
-                        _aside(path).touch()  # counts from now on
-                    self._copy(told, path)
-        return path
+        if _size(path) == told["bytes"]:
+            return path, False
+        with FileLock(path.with_suffix(".lock")):
+            if _size(path) == told["bytes"]:
+                return path, False
+            with self._changed:
+                self._has_room(told)  # made where it can be, not waited for
+                path.with_name(_aside(path.name)).touch()  # counts from now on
+            self._copy(told, path)
+        return path, True
 
     def close(self) -> None:
         """Stop copying."""
@@ -154,8 +156,8 @@ class Cache:
         self._ahead = [(end, names) for end, names in self._ahead if end > self._reached]
         wanted = {name for _, names in self._ahead for name in names}
         sizes = {shard["name"]: shard["bytes"] for shard in self._shards}
-        files = {file.name for file in (self.folder / "shards").iterdir()}
-        here = {name for name in sizes if name in files or _aside(Path(name)).name in files}
+        files = set(os.listdir(self.folder / "shards"))
+        here = {name for name in sizes if name in files or _aside(name) in files}
         taken = sum(sizes[name] for name in here | {coming["name"]})
         for past in sorted((here & files) - wanted - {coming["name"]}):
             if taken <= self.max_bytes:
@@ -165,7 +167,7 @@ class Cache:
         return taken <= self.max_bytes
 
     def _copy(self, told: dict[str, Any], path: Path) -> None:
-        aside, digest = _aside(path), hashlib.sha256()
+        aside, digest = path.with_name(_aside(path.name)), hashlib.sha256()
         try:
             with storage.open_binary(f"{self.source}/shards/{told['name']}") as source, open(aside, "wb") as copy:
                 while piece := source.read(PIECE):
@@ -185,9 +187,9 @@ class Cache:
             raise
 
 
-def _aside(path: Path) -> Path:
-    """Where a copy is made: one name a shard, whoever copies holds its lock."""
-    return path.with_name(f".{path.name}.part")
+def _aside(name: str) -> str:
+    """The file a copy is made in: one name a shard, whoever copies holds its lock."""
+    return f".{name}.part"
 
 
 def _size(path: Path) -> int | None:

@@ -211,7 +211,6 @@ class ShardSet:
             file = self._files.pop(shard, None)
         if file is None:
             file = self._opened(shard)  # outside the lock: it may be copied first
-            self._let_go_of_deleted()
         with self._lock:
             self._files[shard] = file
             if len(self._files) > MOST_OPEN:
@@ -222,7 +221,9 @@ class ShardSet:
         path = shard_paths(self.path, shard)[0]
         for _ in range(TRIES if self.cache else 1):  # another rank may make room between the copy and its opening
             if self.cache:
-                path = self.cache.local(shard)
+                path, copied = self.cache.local(shard)
+                if copied:
+                    self._let_go_of_deleted()
             with suppress(FileNotFoundError):
                 return OpenFile(path)
         raise ShardError(f"{path} is missing; {AGAIN}")

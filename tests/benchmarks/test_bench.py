@@ -28,6 +28,7 @@ def test_bench_loader_tells_every_row_and_reuses_what_it_made(tmp_path):
 
     names = {row.name for row in report.rows}
     one_core = {"stream", "imagefolder_mae", "webdataset", "decode_limit", "order_1_28m", "seek_1_28m"}
+    one_core |= {"local_626", "cached_626", "cached_626/local_626"}
     assert names >= one_core | {"stream/decode_limit", "stream/webdataset", "stream/imagefolder_mae"}
     assert names >= set(report.bars) or os.cpu_count() == 1
     assert all(row.value > 0 and row.low <= row.value <= row.high for row in report.rows)

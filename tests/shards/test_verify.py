@@ -145,5 +145,5 @@ def test_an_image_of_another_size_is_found(make_shards):
 def test_a_folder_without_a_whole_set_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         verify(tmp_path / "nowhere")
-    with pytest.raises(ShardError, match="not finished"):
+    with pytest.raises(ShardError, match=r"has no dataset\.json"):
         verify(tmp_path)
