@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file, sha256_json, write_json, write_whole
-from shards.build import finalise, fingerprint, open_plan
+from shards.build import finalise, open_plan
 from shards.decode import ImageError, decode_rgb, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.index import merged, table_bytes
+from shards.info import FORMAT, VERSION, fingerprint
 from shards.sample import LabelledImage, Rejected, Sample
-from shards.shard_set import FORMAT, VERSION, ShardSet
+from shards.shard_set import ShardSet
 from shards.writer import shard_paths, write_shard
 from training.progress import Progress
 

@@ -9,6 +9,8 @@ from pipeline.config import VerifyConfig
 from shards import verify as checks
 from shards.atomic import read_json, write_json
 from shards.errors import ShardError
+from shards.info import changed_fields
+from shards.record import restore
 from shards.verify import Fault
 from training.config import RunConfig
 
@@ -19,6 +21,9 @@ def verify(config: VerifyConfig) -> None:
     Raises:
         ShardError: There is at least one fault (left), or the set is not finished.
     """
+    if config.repair:
+        for name in restore(config.data):
+            print(f"{name} is as it was written again, from what the other files tell")
     faults = checks.verify(config.data, config.level)
     for fault in faults:
         print(f"{fault.shard}  {fault.key or '-'}  offset {fault.offset}  {fault.what}")
@@ -36,12 +41,19 @@ def repair(folder: Path, faults: list[Fault]) -> None:
     """Build the shards that `faults` name once more, and merge the index again.
 
     Raises:
-        ShardError: They came out with other bytes; the set is whole again, but no longer the one that runs used.
+        ShardError: dataset.json has lost what no other file tells; or shards came out with other bytes: the set is
+            whole again, but no longer the one that runs used.
         FileNotFoundError: The images, the encoder or the part learner are not where dataset.json says.
     """
     from pipeline.extract import extract
 
     before = read_json(folder / "dataset.json")
+    lost = [name for name in changed_fields(before) if name != "fingerprint"]  # that is made anew from the shards
+    if lost:
+        raise ShardError(
+            f"{folder / 'dataset.json'} has lost its {' and '.join(lost)}, which no other file tells: run the extract "
+            "command that made the set once more, which labels nothing that is whole, or bring the file from a copy"
+        )
     config = recorded_config(before, folder)
     try:
         after = extract(config, faulty={fault.shard for fault in faults})

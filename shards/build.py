@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from shards.atomic import read_json, sha256_file, sha256_json, sweep, write_json, write_whole
 from shards.errors import ShardError
 from shards.index import merged, table_bytes
-from shards.shard_set import FORMAT, VERSION
+from shards.info import FORMAT, VERSION, changed_fields, digests, fingerprint, is_named
 from shards.writer import shard_paths
 
 REJECTED = pa.schema([("source", pa.string()), ("ordinal", pa.int64()), ("step", pa.string()), ("reason", pa.string())])
@@ -46,9 +46,12 @@ def shard_done(folder: Path, number: int, plan_digest: str) -> bool:
     tar, index, sidecar = shard_paths(folder, number)
     if not (tar.is_file() and index.is_file() and sidecar.is_file()):
         return False
-    told = read_json(sidecar)
     sizes = (tar.stat().st_size, index.stat().st_size)
-    return told["plan"] == plan_digest and sizes == (told["tar"]["bytes"], told["index"]["bytes"])
+    try:
+        told = read_json(sidecar)
+        return told["plan"] == plan_digest and sizes == (told["tar"]["bytes"], told["index"]["bytes"])
+    except (ValueError, KeyError, TypeError):  # damaged: the shard is built once more, to the same bytes
+        return False
 
 
 def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +91,10 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
             f"none of the {len(rejected)} images could be read, the first because: {rejected[0]['reason']}"
         )
     write_whole(folder / "index.parquet", table_bytes(merged(tables)))
-    write_whole(folder / "rejected.parquet", _parquet(pa.Table.from_pylist(rejected, schema=REJECTED)))
+    write_whole(folder / "rejected.parquet", rejected_bytes(rejected))
     whole = {
         **info,
+        "plan": read_json(folder / "plan.json"),
         "format": FORMAT,
         "version": VERSION,
         "samples": first,
@@ -100,33 +104,25 @@ def finalise(folder: Path, *, shard_count: int, plan_digest: str, info: dict[str
         "rejected_sha256": sha256_file(folder / "rejected.parquet"),
     }
     whole["fingerprint"] = fingerprint(whole)
+    whole["digests"] = digests(whole)
     write_json(folder / "dataset.json", whole)
     return whole
 
 
 def _still_whole(folder: Path, sidecars: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """dataset.json, when it is there and is of these very shards and of the index beside it."""
-    if not all((folder / name).is_file() for name in ("dataset.json", "index.parquet", "rejected.parquet")):
+    """dataset.json, when it is as it was written, of these very shards and of the index beside it."""
+    if not (folder / "dataset.json").is_file():
         return None
     whole = read_json(folder / "dataset.json")
-    named = [shard["sha256"] for shard in whole["shards"]]
-    same = named == [told["tar"]["sha256"] for told in sidecars]
-    for name in ("index", "rejected"):
-        same = same and sha256_file(folder / f"{name}.parquet") == whole.get(f"{name}_sha256")
-    return whole if same else None
+    same = not changed_fields(whole) and all(
+        is_named(folder, whole, name) for name in ("index.parquet", "rejected.parquet")
+    )
+    named = [shard["sha256"] for shard in whole.get("shards", [])]
+    return whole if same and named == [told["tar"]["sha256"] for told in sidecars] else None
 
 
-OF_SOME = ("heads", "labels_of")
-"""Heads of the stored class attention; in a label set, the fingerprint of the set whose images it is of."""
-
-
-def fingerprint(info: dict[str, Any]) -> str:
-    """SHA-256 of what the set is, without where, when and by whom it was made."""
-    names = ("format", "version", "samples", "grid", "size", "groups", "classes", "shards", "index_sha256")
-    return sha256_json({name: info[name] for name in names} | {name: info[name] for name in OF_SOME if name in info})
-
-
-def _parquet(table: pa.Table) -> bytes:
+def rejected_bytes(rejected: list[dict[str, Any]]) -> bytes:
+    """rejected.parquet, from what the sidecars tell in the order of the shards."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rejected, schema=REJECTED), sink, compression="zstd")
     return sink.getvalue().to_pybytes()

@@ -30,6 +30,7 @@ COLUMNS = pa.schema(
     ]
 )
 """Offsets are of a member's first byte in its tar."""
+OF_ATTENTION = ("attn_offset", "crc32_attn")
 
 
 class Row(NamedTuple):
@@ -54,8 +55,12 @@ ROW = np.dtype([*zip(Row._fields, ("<u4", "<u4", "<i4", "<u8", *("<u4",) * 8), s
 
 def table_of(rows: list[dict[str, Any]]) -> pa.Table:
     """A shard's index; the columns of class attention only where it is stored."""
-    table = pa.Table.from_pylist(rows, schema=COLUMNS)
-    return table if any(row["attn_offset"] for row in rows) else table.drop_columns(["attn_offset", "crc32_attn"])
+    return _without_empty_columns(pa.Table.from_pylist(rows, schema=COLUMNS))
+
+
+def _without_empty_columns(table: pa.Table) -> pa.Table:
+    stored = "attn_offset" in table.column_names and table["attn_offset"].to_numpy().any()
+    return table if stored else table.select([name for name in table.column_names if name not in OF_ATTENTION])
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -81,6 +86,11 @@ def merged(tables: Sequence[pa.Table]) -> pa.Table:
         for number, table in enumerate(tables)
     ]
     return pa.concat_tables(numbered, promote_options="default")  # a shard without samples has no class attention
+
+
+def rows_of_shard(table: pa.Table, first: int, samples: int) -> pa.Table:
+    """The index of one shard as it was before it was merged: `samples` rows from the set's `first` on."""
+    return _without_empty_columns(table.slice(first, samples).drop_columns(["shard"]).combine_chunks())
 
 
 def load_rows(path: Path, *, shard: int | None = None) -> Shaped[np.ndarray, " samples"]:

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shards import storage
-from shards.atomic import read_json, sha256_file
+from shards.atomic import sha256_file
 from shards.cache import Cache
 from shards.errors import SampleError, ShardError
 from shards.index import Row, load_rows, read_column
+from shards.info import read_info
 from shards.sample import HEADER, Sample, npy_header
 from shards.writer import shard_paths
 
-FORMAT, VERSION = "semmae-shards", 1
 MOST_OPEN = 256
 """Tars kept open; a process may usually open 1,024 files, and a set may have more shards than that."""
 TRIES = 10
@@ -289,23 +289,3 @@ class OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "_number"):
             os.close(self._number)
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """dataset.json of a finished set; see `ShardSet.open` for what is raised."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no shard set at {folder}: expected a folder with dataset.json")
-    if not (folder / "dataset.json").is_file():
-        raise ShardError(
-            f"{folder} has no dataset.json: it is not a shard set, or one whose extract command must be run again"
-        )
-    try:
-        info = read_json(folder / "dataset.json")
-    except ValueError as error:
-        raise ShardError(str(error)) from None
-    if (info.get("format"), info.get("version")) != (FORMAT, VERSION):
-        raise ShardError(
-            f"{folder} is {info.get('format')} version {info.get('version')}, expected {FORMAT} version {VERSION}; "
-            "read it with the release that wrote it"
-        )
-    return info

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shards.atomic import read_json, sha256_file
-from shards.build import fingerprint
+from shards.atomic import json_bytes, read_json, sha256_file
 from shards.decode import decode_jpeg_into
 from shards.errors import SampleError, ShardError
 from shards.index import load_rows
+from shards.info import changed_fields, is_named, read_info
+from shards.record import told_by_others
 from shards.sample import HEADER, check_labels
-from shards.shard_set import OpenFile, ShardSet, read_info
+from shards.shard_set import OpenFile, ShardSet
 from shards.writer import BLOCK, header_of, shard_paths
 
 
@@ -58,11 +59,14 @@ def verify(path: str | Path, level: Literal["fast", "hash", "deep"] = "fast") ->
     indexed = not any(fault.shard == "index.parquet" for fault in faults)
     if not indexed and level == "deep":
         faults.append(Fault("index.parquet", "", -1, "samples cannot be looked at without it; repair it first"))
+    told = level == "deep" and not faults and "plan" in info
     for number in range(len(info["shards"])):
         sizes = list(_sizes(folder, info, number))
         faults += sizes
         if not sizes and level != "fast":
-            faults += _digests(folder, info, number)
+            faults += _digests(folder, info, number, index=not told)
+    if told:
+        faults += _small_files(folder, info, {fault.shard for fault in faults})
     if level == "deep" and indexed:
         with ShardSet.open(folder) as shards:
             for number in range(len(info["shards"])):
@@ -74,26 +78,25 @@ def verify(path: str | Path, level: Literal["fast", "hash", "deep"] = "fast") ->
 
 def _whole(folder: Path, info: dict[str, Any]) -> Iterator[Fault]:
     """What dataset.json says against itself, the merged index and the list of rejects."""
-    if fingerprint(info) != info["fingerprint"]:
-        yield Fault("dataset.json", "", -1, "the fingerprint does not fit its contents")
+    for name in changed_fields(info):
+        what = f"its field {name} is not as it was written"
+        yield Fault(
+            "dataset.json", "", -1, "the fingerprint does not fit its contents" if name == "fingerprint" else what
+        )
     if sum(shard["samples"] for shard in info["shards"]) != info["samples"]:
         yield Fault("dataset.json", "", -1, f"its shards do not hold the {info['samples']} samples it reports")
+    for name in ("index.parquet", "rejected.parquet"):
+        if not (folder / name).is_file():
+            yield Fault(name, "", -1, "is missing")
+        elif not is_named(folder, info, name):
+            yield Fault(name, "", -1, "is not the one dataset.json names")
     index = folder / "index.parquet"
-    if not index.is_file():
-        yield Fault(index.name, "", -1, "is missing")
-    elif sha256_file(index) != info["index_sha256"]:
-        yield Fault(index.name, "", -1, "is not the one dataset.json names")
-    else:
+    if is_named(folder, info, index.name):
         keys = load_rows(index)["key"]
         if len(keys) != info["samples"]:
             yield Fault(index.name, "", -1, f"has {len(keys)} rows, expected {info['samples']}")
         if len(np.unique(keys)) < len(keys):
             yield Fault(index.name, "", -1, "holds a key twice")
-    rejected = folder / "rejected.parquet"
-    if not rejected.is_file():
-        yield Fault(rejected.name, "", -1, "is missing")
-    elif sha256_file(rejected) != info.get("rejected_sha256"):
-        yield Fault(rejected.name, "", -1, "is not the one dataset.json names")
 
 
 def _sizes(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
@@ -103,7 +106,7 @@ def _sizes(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
     expected = {tar: told["bytes"]}
     try:
         written = read_json(sidecar)
-        expected[index] = written["index"]["bytes"]
+        expected[index], _ = written["index"]["bytes"], written["index"]["sha256"]
         if (written["samples"], written["tar"]["sha256"]) != (told["samples"], told["sha256"]):
             yield Fault(sidecar.name, "", -1, "reports another shard than dataset.json")
     except FileNotFoundError:
@@ -117,14 +120,21 @@ def _sizes(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
             yield Fault(path.name, "", path.stat().st_size, f"has {path.stat().st_size} bytes, expected {size}")
 
 
-def _digests(folder: Path, info: dict[str, Any], number: int) -> Iterator[Fault]:
-    tar, index, sidecar = shard_paths(folder, number)
-    for path, expected in (
-        (tar, info["shards"][number]["sha256"]),
-        (index, read_json(sidecar)["index"]["sha256"]),
-    ):
-        if sha256_file(path) != expected:
-            yield Fault(path.name, "", -1, "the sha256 differs")
+def _digests(folder: Path, info: dict[str, Any], number: int, *, index: bool) -> Iterator[Fault]:
+    """The tar's digest, and that of the shard's `index` where nothing better tells its contents."""
+    tar, table, sidecar = shard_paths(folder, number)
+    if sha256_file(tar) != info["shards"][number]["sha256"]:
+        yield Fault(tar.name, "", -1, "the sha256 differs")
+    if index and sha256_file(table) != read_json(sidecar)["index"]["sha256"]:
+        yield Fault(table.name, "", -1, "the sha256 differs")
+
+
+def _small_files(folder: Path, info: dict[str, Any], known: set[str]) -> Iterator[Fault]:
+    """dataset.json, plan.json, sidecars and indexes byte by byte, but for those `known` to be faulty."""
+    expected = [(folder / "dataset.json", json_bytes(info)), *told_by_others(folder, info)]
+    for path, contents in expected:
+        if path.name not in known and (not path.is_file() or path.read_bytes() != contents):
+            yield Fault(path.name, "", -1, "is not as it was written" if path.is_file() else "is missing")
 
 
 def _members(shards: ShardSet, number: int) -> Iterator[Fault]:

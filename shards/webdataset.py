@@ -6,7 +6,7 @@ from typing import Any
 
 import webdataset
 
-from shards.shard_set import read_info
+from shards.info import read_info
 from shards.writer import shard_paths
 
 

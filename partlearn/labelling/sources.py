@@ -15,9 +15,10 @@ from shards import storage
 from shards.decode import Box, ImageError, decode_rgb, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.index import BOX, load_rows
+from shards.info import read_info
 from shards.order import permutation
 from shards.sample import Rejected
-from shards.shard_set import ShardSet, read_info
+from shards.shard_set import ShardSet
 from shards.writer import shard_paths
 
 

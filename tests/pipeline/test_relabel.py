@@ -357,6 +357,7 @@ HARMS = {
     "a lying dataset.json": lambda folder: write_json(
         folder / "dataset.json", read_json(folder / "dataset.json") | {"groups": 2}
     ),
+    "a torn plan": lambda folder: tear(folder / "plan.json"),
     "three harms at once": lambda folder: (
         flip_bit(folder, index=0),
         tear(folder / "shards/000001.json"),
@@ -410,7 +411,43 @@ def test_g5_a_label_set_is_repaired_from_its_base(base, labels, tmp_path):
     assert verify(mine, "deep") == []
 
 
-@pytest.mark.parametrize("fault", ["a torn parquet of a shard", "a deleted index", "a deleted list of rejects"])
+TOLD_BY_OTHERS = [
+    "a torn sidecar", "a deleted sidecar", "a torn parquet of a shard", "a deleted index", "a torn list of rejects",
+    "a lying dataset.json", "a torn plan",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TOLD_BY_OTHERS)
+def test_what_other_files_tell_is_repaired_without_the_images(fault, mine, images):
+    before = state_of(mine)
+    HARMS[fault](mine)
+    hidden = images.rename(images.with_name("hidden"))
+
+    try:
+        repair(mine, level="deep")
+    finally:
+        hidden.rename(images)
+
+    assert {name: digest for name, (_, digest) in state_of(mine).items()} == {
+        name: digest for name, (_, digest) in before.items()
+    }
+
+
+def test_what_no_other_file_tells_is_named_and_comes_back_by_the_command_that_made_it(mine, images, learned):
+    path = mine / "dataset.json"
+    before, tars_before = read_json(path), state_of(mine / "shards")
+    write_json(path, before | {"producer": before["producer"] | {"git": "somewhere else"}})
+
+    with pytest.raises(ShardError, match=r"has lost its producer, which no other file tells: run the extract command"):
+        repair(mine)
+    extract(settings(mine, images=str(images), parts=learned, size=32, samples_per_shard=4))
+
+    assert read_json(path)["producer"]["git"] == before["producer"]["git"]
+    assert state_of(mine / "shards") == tars_before
+    assert verify(mine, "deep") == []
+
+
+@pytest.mark.parametrize("fault", ["a flipped bit", "a deleted tar"])
 def test_without_its_images_a_set_is_not_repaired_and_not_harmed_further(fault, images, learned, tmp_path):
     folder, out = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "out"
     extract(settings(out, images=str(folder), parts=learned, size=32, samples_per_shard=4))

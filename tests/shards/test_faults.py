@@ -30,11 +30,11 @@ samples = pickle.load(sys.stdin.buffer)
 
 def build(folder):
     folder.mkdir(exist_ok=True)
-    digest = open_plan(folder, {"seed": 0})
+    digest = open_plan(folder, {"seed": 0, "samples_per_shard": 5})
     for number in range(2):
         if not shard_done(folder, number, digest):
             rejected = [Rejected("bad.jpg", 8, "decode", "torn")] if number else []
-            slice_ = samples[4 * number : 4 * number + 4]
+            slice_ = samples[5 * number : 5 * number + 5]
             write_shard(folder, number, slice_, groups=4, plan_digest=digest, rejected=rejected)
     info = {"grid": 4, "groups": 4, "size": 16, "classes": [], "inputs": {"count": 9}}
     finalise(folder, shard_count=2, plan_digest=digest, info=info)

@@ -1,6 +1,7 @@
 """Any damage is found and named."""
 
 import tarfile
+from contextlib import suppress
 
 import pytest
 from conftest import write_set
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from shards.atomic import read_json, write_json
 from shards.errors import ShardError
+from shards.record import restore
 from shards.verify import Fault, verify
 from shards.writer import shard_paths
 
@@ -147,3 +149,53 @@ def test_a_folder_without_a_whole_set_is_refused(tmp_path):
         verify(tmp_path / "nowhere")
     with pytest.raises(ShardError, match=r"has no dataset\.json"):
         verify(tmp_path)
+
+
+SMALL_FILES = ["dataset.json", "plan.json", "shards/000000.json", "shards/000001.json", "shards/000001.parquet"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(name=st.sampled_from(SMALL_FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_bit_of_a_small_file_is_found_and_comes_back_where_another_file_tells_it(whole, name, place, bit):
+    """Or, of dataset.json, what nobody else tells is named, and nothing is written over it."""
+    path = whole / name
+    data = path.read_bytes()
+    torn = bytearray(data)
+    torn[int(place * len(data))] ^= 1 << bit
+
+    try:
+        path.write_bytes(torn)
+        with suppress(ShardError):  # dataset.json is no JSON any more, or lacks a field: that is how it is found
+            assert path.name in {fault.shard for fault in verify(whole, "deep")}
+        restore(whole)
+        back = path.read_bytes() == data
+        assert back or (name == "dataset.json" and path.read_bytes() == torn)
+    finally:
+        path.write_bytes(data)
+
+
+MADE_BY_HAND = ("producer", "inputs")
+"""Of these, the plan of a test's set tells nothing."""
+
+
+@pytest.mark.parametrize("field", ["producer", "inputs", "plan", "rejected", "rejected_sha256"])
+def test_a_changed_field_of_dataset_json_is_named_and_comes_back_where_another_file_has_it(field, make_shards):
+    path = make_shards(size=16).path / "dataset.json"
+    info = read_json(path)
+    write_json(path, info | {field: {"made": "up"}})
+
+    assert Fault("dataset.json", "", -1, f"its field {field} is not as it was written") in verify(path.parent)
+    assert restore(path.parent) == ([] if field in MADE_BY_HAND else ["dataset.json"])
+    assert (read_json(path) == info) == (field not in MADE_BY_HAND)
+
+
+def test_small_files_that_are_lost_come_back_from_the_others(make_shards):
+    shards = make_shards(size=16)
+    files = [shards.path / name for name in SMALL_FILES[1:]]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+
+    restore(shards.path)
+
+    assert [path.read_bytes() for path in files] == before
