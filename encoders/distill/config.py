@@ -15,6 +15,11 @@ class EncoderConfig:
     """Frozen encoder whose tokens the student learns to predict: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE,
     dino:FILE, run:DIR or random:NAME. Both have the same patch grid. Local crops, prototypes, masks and
     --teacher-momentum are not used."""
+    encoder_mean: tuple[float, float, float] | None = None
+    """Mean by which the teacher's images were normalised, with pixels between 0 and 1; for weights of --teacher that do
+    not say. Example: --encoder-mean 0.5 0.5 0.5."""
+    encoder_std: tuple[float, float, float] | None = None
+    """Deviation that goes with --encoder-mean."""
     teacher_blocks: tuple[int, ...] = ()
     """Start the student from these blocks of the teacher (from 0) and its patch and position embeddings; its tokens
     themselves are trained to match the direction of the teacher's, and --patch, --embed-dim, --depth and --heads are
@@ -62,6 +67,8 @@ class EncoderConfig:
     def __post_init__(self):
         if len(set(self.teacher_blocks)) < len(self.teacher_blocks):
             raise ValueError(f"--teacher-blocks must differ from each other, got {self.teacher_blocks}")
+        if self.teacher is None and (self.encoder_mean or self.encoder_std):
+            raise ValueError("--encoder-mean and --encoder-std are the teacher's; name it with --teacher, or drop them")
         if self.teacher_blocks and self.teacher is None:
             raise ValueError("--teacher-blocks needs the --teacher whose blocks they are")
         for name in () if self.teacher_blocks else ("size", "local_size") if self.teacher is None else ("size",):

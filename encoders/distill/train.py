@@ -58,8 +58,15 @@ def new_objective(config: EncoderConfig, device: torch.device = CPU) -> Objectiv
     """What is trained, on the device, its weights drawn from the seed."""
     teacher = None
     if config.teacher is not None:
-        at = {"size": config.size} if config.teacher_blocks else {"grid": config.size // config.patch}
-        teacher = load_encoder(config.teacher, **at, device=device, precision=config.run.precision)
+        teacher = load_encoder(
+            config.teacher,
+            size=config.size if config.teacher_blocks else None,
+            grid=None if config.teacher_blocks else config.size // config.patch,
+            mean=config.encoder_mean,
+            std=config.encoder_std,
+            device=device,
+            precision=config.run.precision,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         objective = StudentTeacher(config) if teacher is None else FromTeacher(config, teacher)

@@ -105,11 +105,12 @@ def test_a_file_without_a_class_token_is_no_official_one(vit_small, tmp_path):
 
 
 def test_a_prefix_is_stripped_only_where_it_leads(tmp_path):
-    torch.save({"module.backbone.x": torch.zeros(1), "blocks.backbone.y": torch.zeros(1)}, tmp_path / "odd.pth")
+    names = ("module.backbone.patch_embed.proj.weight", "module.backbone.blocks.backbone.y", "blocks.backbone.z")
+    torch.save({name: torch.zeros(1, 3, 1, 1) for name in names}, tmp_path / "odd.pth")
 
-    weights, _ = read_weights(tmp_path / "odd.pth")
+    weights = read_weights(tmp_path / "odd.pth")
 
-    assert set(weights) == {"x", "blocks.backbone.y"}
+    assert set(weights.tensors) == {"patch_embed.proj.weight", "blocks.backbone.y"}
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
