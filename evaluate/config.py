@@ -13,6 +13,11 @@ class FeatureConfig:
     """Run folder (its newest whole checkpoint) or one checkpoint file."""
     encoder: str = ""
     """Instead of a checkpoint: builtin, timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or random:NAME."""
+    encoder_mean: tuple[float, float, float] | None = None
+    """Mean by which the encoder's images were normalised, with pixels between 0 and 1; for weights of --encoder that do
+    not say. Example: --encoder-mean 0.5 0.5 0.5."""
+    encoder_std: tuple[float, float, float] | None = None
+    """Deviation that goes with --encoder-mean."""
     data: str = ""
     """Shard set with classes: the training split."""
     images: str = ""

@@ -65,7 +65,10 @@ def train_and_test(config: FeatureConfig) -> TrainAndTest:
         test_features, test_labels = features_of(test)
         split = features, labels, test_features, same_classes(test_labels, test, train)
         fingerprint = sha256_json([train.fingerprint, test.fingerprint])
-    return TrainAndTest(*split, classes, config.checkpoint or config.encoder, checkpoint_sha256, fingerprint)
+    name = config.checkpoint or config.encoder
+    if config.encoder_mean and config.encoder_std:
+        name += f" mean {config.encoder_mean} std {config.encoder_std}"
+    return TrainAndTest(*split, classes, name, checkpoint_sha256, fingerprint)
 
 
 def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
@@ -73,10 +76,15 @@ def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
     source = f"run:{find(Path(config.checkpoint))}" if config.checkpoint else config.encoder
     grid = train.images.grid if config.tokens == "kept" and isinstance(train.images, ShardSet) else None
     device = pick_device(config.device)
-    if config.size is None:
-        encoder = load_encoder(source, grid=grid, device=device, precision="fp32")
-    else:
-        encoder = load_encoder(source, size=config.size, device=device, precision="fp32")
+    encoder = load_encoder(
+        source,
+        grid=grid if config.size is None else None,
+        size=config.size,
+        mean=config.encoder_mean,
+        std=config.encoder_std,
+        device=device,
+        precision="fp32",
+    )
     if config.checkpoint:
         return encoder, sha256_file(Path(source.removeprefix("run:")))
     return encoder, encoder.fingerprint

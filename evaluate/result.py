@@ -13,7 +13,10 @@ from evaluate.features import TrainAndTest
 from shards.atomic import sha256_json, write_json
 from training.run_folder import as_json, package_versions
 
-WHERE = ("checkpoint", "encoder", "data", "images", "val_data", "val_images", "json", "out")
+WHERE = (
+    *("checkpoint", "encoder", "encoder_mean", "encoder_std"),
+    *("data", "images", "val_data", "val_images", "json", "out"),
+)
 HOW_FAST = ("device", "threads", "debug")
 
 
@@ -27,7 +30,7 @@ class Result:
     """`top1`, `top5`: percent of test images whose class is the best guess, or among the best five."""
     value: float
     checkpoint: str
-    """The path or encoder source as the caller named it."""
+    """The path or encoder source as the caller named it, and the normalisation, where that was named too."""
     checkpoint_sha256: str
     """Of the checkpoint file; for an encoder source, of its tensors as loaded."""
     config_sha256: str

@@ -40,6 +40,11 @@ class LearnConfig:
     encoder_block: int | None = None
     """Block (from 0) whose input tokens are read; the number of blocks stands for the final norm's output. Default: the
     last block (for builtin, the final norm)."""
+    encoder_mean: tuple[float, float, float] | None = None
+    """Mean by which the encoder's images were normalised, with pixels between 0 and 1; for weights that do not say.
+    Example: --encoder-mean 0.5 0.5 0.5."""
+    encoder_std: tuple[float, float, float] | None = None
+    """Deviation that goes with --encoder-mean."""
     grid: int = 28
     """Cells a side of the part maps; the encoder reads grid x patch pixels."""
     num_parts: int = 6
@@ -190,6 +195,11 @@ class ExtractConfig:
     """Frozen encoder; it must be the one that the parts were learned on. Default: that one."""
     encoder_block: int | None = None
     """For baselines: block (from 0) whose tokens are read. Default: the last."""
+    encoder_mean: tuple[float, float, float] | None = None
+    """Mean by which the encoder's images were normalised, with pixels between 0 and 1. Default: the one the parts were
+    learned with; for baselines, what the weights say."""
+    encoder_std: tuple[float, float, float] | None = None
+    """Deviation that goes with --encoder-mean."""
     num_parts: int = 6
     """For baselines: number of parts; heads always has one part a head."""
     size: int = 224
@@ -221,9 +231,11 @@ class ExtractConfig:
     def __post_init__(self):
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (images) or --relabel (a shard set), and not both")
-        if str(self.parts) == TRUTH and (self.attention or self.encoder or self.encoder_block is not None):
+        of_encoder = (self.encoder, self.encoder_block, self.encoder_mean, self.encoder_std)
+        if str(self.parts) == TRUTH and (self.attention or any(one is not None for one in of_encoder)):
             raise ValueError(
-                "--parts truth looks through no encoder; leave out --attention, --encoder and --encoder-block"
+                "--parts truth looks through no encoder; leave out --attention, --encoder, --encoder-block, "
+                "--encoder-mean and --encoder-std"
             )
         if not 1 <= self.num_parts <= 255:
             raise ValueError(f"num_parts must lie between 1 and 255 (labels are bytes), got {self.num_parts}")

@@ -92,6 +92,8 @@ class PartLearning(Task):
             config.encoder,
             grid=config.grid,
             block=config.encoder_block,
+            mean=config.encoder_mean,
+            std=config.encoder_std,
             device=self.device,
             precision=config.run.precision,
         )

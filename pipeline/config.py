@@ -57,6 +57,11 @@ class ScorePartsConfig:
     Example, with an untrained control: --encoder dino:dino.pth random:vit_small_patch16_224 --encoder-block 9 11."""
     encoder_block: tuple[int, ...] = ()
     """Blocks (from 0) whose tokens kmeans-image reads; other baselines do not depend on it. Default: the last."""
+    encoder_mean: tuple[float, float, float] | None = None
+    """Mean by which the images of --encoder were normalised, with pixels between 0 and 1; for weights that do not say.
+    Example: --encoder-mean 0.5 0.5 0.5."""
+    encoder_std: tuple[float, float, float] | None = None
+    """Deviation that goes with --encoder-mean."""
     num_parts: tuple[int, ...] = (6,)
     """Numbers of parts for the baselines; heads always has one part a head. Example: --num-parts 4 6 8."""
     grid: int = 28
@@ -76,6 +81,10 @@ class ScorePartsConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self):
+        if not self.encoder and (self.encoder_mean or self.encoder_std):
+            raise ValueError(
+                "--encoder-mean and --encoder-std are of the encoders in --encoder; name one, or drop them"
+            )
         if not self.num_parts or not 1 <= min(self.num_parts) <= max(self.num_parts) <= 255:
             raise ValueError(f"num_parts needs numbers between 1 and 255 (labels are bytes), got {self.num_parts}")
 

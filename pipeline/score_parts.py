@@ -148,6 +148,8 @@ def _baselines(config: ScorePartsConfig, read: dict[str, Any]) -> Iterator[Metho
     `read`. All on one block share the encoder."""
     names = [source for source in dict.fromkeys(config.parts) if source in NAMES]
     options: dict[str, Any] = {"device": pick_device(config.device), "precision": config.precision}
+    asked = {"mean": config.encoder_mean, "std": config.encoder_std}
+    options |= asked if config.encoder else {name: read.get(name) for name in asked}
     blocks = config.encoder_block or ((None,) if config.encoder else (read["block"],))
     for encoder, block in product(config.encoder or (read["source"],), blocks):
         here = [name for name in names if name in READ_BLOCK or block == blocks[0]]

@@ -80,5 +80,8 @@ def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
     for name in ("parts", "relabel"):
         if told[name] is not None:
             told[name] = Path(told[name])
+    for name in ("encoder_mean", "encoder_std"):
+        if told.get(name) is not None:
+            told[name] = tuple(told[name])
     precision = info["producer"]["labels"].get("precision", "auto")  # on any device: labels may come out the same
     return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder, precision=precision))

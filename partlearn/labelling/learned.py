@@ -40,6 +40,8 @@ class TokenLabeller:
         return {
             "encoder_sha256": encoder["weights_sha256"],
             "encoder_block": encoder["block"],
+            "encoder_mean": encoder["mean"],
+            "encoder_std": encoder["std"],
             "learner_sha256": self.sha256,
         }
 
@@ -106,6 +108,8 @@ def open_token_labeller(
     encoder: str | None = None,
     grid: int | None = None,
     block: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     num_parts: int = 6,
     device: torch.device = CPU,
     precision: str = "auto",
@@ -116,16 +120,21 @@ def open_token_labeller(
     Args:
         encoder: Source of the encoder. Default: the one the parts were learned on; a baseline needs one.
         grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.
+        mean, std: Normalisation of the encoder's pixels. Default: the one the parts were learned with; for a baseline,
+            what the weights say.
 
     Raises:
         FileNotFoundError: There are no such parts.
-        ValueError: The grid or the block is not the one the parts were learned on, or a baseline lacks its encoder.
+        ValueError: The grid, the block or the normalisation is not the one the parts were learned on, or a baseline
+            lacks its encoder.
         CheckpointError: Weights are missing, torn, or have changed since.
     """
     if str(parts) in NAMES:
         if encoder is None:
             raise ValueError(f"the baseline {parts} needs an --encoder")
-        frozen = load_encoder(encoder, grid=grid or 28, block=block, device=device, precision=precision)
+        frozen = load_encoder(
+            encoder, grid=grid or 28, block=block, mean=mean, std=std, device=device, precision=precision
+        )
         name: Any = str(parts)
         baseline = Baseline(name, frozen, parts=num_parts)
         return TokenLabeller(frozen, baseline, baseline.sha256, attention=attention)
@@ -138,8 +147,19 @@ def open_token_labeller(
         raise ValueError(f"--grid {grid} was asked for, but {parts} was learned on {learner.shape.grid}")
     if block not in (None, described["block"]):
         raise ValueError(f"--encoder-block {block} was asked for, but {parts} reads {described['block']}")
+    for flag, asked, learned in (("mean", mean, described["mean"]), ("std", std, described["std"])):
+        if asked is not None and list(asked) != list(learned):
+            raise ValueError(f"--encoder-{flag} {tuple(asked)} was asked for, but {parts} was learned with {learned}")
     source = encoder or described["source"]
-    frozen = load_encoder(source, grid=learner.shape.grid, block=described["block"], device=device, precision=precision)
+    frozen = load_encoder(
+        source,
+        grid=learner.shape.grid,
+        block=described["block"],
+        mean=described["mean"],
+        std=described["std"],
+        device=device,
+        precision=precision,
+    )
     if frozen.fingerprint != described["weights_sha256"]:
         raise CheckpointError(
             f"the weights of {source} are not those that {parts} was learned on; pass the same encoder, "
