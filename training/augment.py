@@ -41,7 +41,7 @@ def crop(
     """One box of each image at `size` pixels, mirrored where `flip`: bilinear samples at the new pixels' centres.
 
     Bilinear sampling skips pixels where a box shrinks more than twofold; such images are halved by averaging
-    first, as often as that takes.
+    first, as often as that takes. Boxes that are on the CPU cost a device no wait.
     """
     _, _, height, width = images.shape
     x0, y0, x1, y1 = boxes.unbind(1)
@@ -52,10 +52,10 @@ def crop(
     # Maps the output square [-1, 1]² onto the box, where the image too is [-1, 1]².
     rows_x = torch.stack([(x1 - x0) * sign, zero, x0 + x1 - 1], dim=1)
     rows_y = torch.stack([zero, y1 - y0, y0 + y1 - 1], dim=1)
-    theta = torch.stack([rows_x, rows_y], dim=1)
+    theta = _sent(torch.stack([rows_x, rows_y], dim=1), images)
     cropped = images.new_empty(*images.shape[:2], size, size)
     for level in halvings.unique().tolist():
-        chosen = halvings == level
+        chosen = _sent((halvings == level).nonzero().squeeze(1), images)
         source = F.avg_pool2d(images[chosen], 2**level) if level else images[chosen]
         where = F.affine_grid(theta[chosen], [*source.shape[:2], size, size], align_corners=False)
         cropped[chosen] = F.grid_sample(source, where, padding_mode="border", align_corners=False)
@@ -76,7 +76,8 @@ def jitter_colour(
     are one rank's block of a batch, for the whole of which the factors are drawn.
     """
     mine = slice(rank * len(images), (rank + 1) * len(images))
-    draws = torch.rand(4, world_size * len(images), 1, 1, 1, generator=generator)[:, mine].to(images.device)
+    draws = torch.rand(4, world_size * len(images), 1, 1, 1, generator=generator)[:, mine]
+    draws = _sent(draws, images)
     brightness, contrast, saturation = 1 + strength * (2 * draws[:3] - 1)
     saturation = torch.where(draws[3] < 0.2, 0.0, saturation)
     bright = images * brightness
@@ -88,7 +89,8 @@ def jitter_colour(
 
 def luma(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
     """Grey as ITU-R BT.601 weighs it."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
+    weights = _sent(torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype).reshape(3, 1, 1), images)
+    return (images * weights).sum(dim=1, keepdim=True)
 
 
 def random_places(
@@ -99,12 +101,12 @@ def random_places(
     rank: int,
     world_size: int,
 ) -> tuple[Float[Tensor, "batch 4"], Bool[Tensor, " batch"]]:
-    """Boxes, and whether to mirror them, of one rank's block of the batch."""
+    """Boxes, and whether to mirror them, of one rank's block of the batch; on the CPU."""
     count = len(pixels)
     boxes = random_boxes(world_size * count, scale=scale, generator=generator)
     flip = torch.rand(world_size * count, generator=generator) < 0.5
     mine = slice(rank * count, (rank + 1) * count)
-    return boxes[mine].to(pixels.device), flip[mine].to(pixels.device)
+    return boxes[mine], flip[mine]
 
 
 def unit(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
@@ -118,10 +120,15 @@ def normalised(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Pixels in [0, 1] minus the mean, over the deviation: what a ViT reads."""
-    shift, scale = (pixels.new_tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    shift, scale = (_sent(torch.tensor(values, dtype=pixels.dtype).reshape(3, 1, 1), pixels) for values in (mean, std))
     return (pixels - shift) / scale
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """A generator for one step; the pair is hashed, because torch's CPU generator reads 32 bits of a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def _sent(values: Tensor, images: Tensor) -> Tensor:
+    """`values` where the images are, without waiting for what is computed there."""
+    return values.to(images.device, non_blocking=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from encoders.distill.config import EncoderConfig
@@ -22,6 +22,8 @@ class Crops:
     global_crops: Float[Tensor, "global_crops 3 size size"]
     local_crops: Float[Tensor, "local_crops 3 local_size local_size"]
     masks: Bool[Tensor, "global_crops patches"]
+    masked: tuple[Int64[Tensor, " masked"], Int64[Tensor, " masked"]]
+    """Crop and patch of each masked one: found before they are on the device, which otherwise is waited for."""
 
 
 def sample_crops(
@@ -49,7 +51,8 @@ def sample_crops(
     whole = GLOBAL_CROPS * world_size * len(images)
     masks = block_masks(whole, config.size // config.patch, share=config.mask_ratio, generator=generator)
     mine = masks.unflatten(0, (GLOBAL_CROPS, world_size, -1))[:, rank].flatten(0, 1)
-    return Crops(global_crops, local_crops, mine.to(pixels.device))
+    crop_of, patch_of = (index.to(pixels.device, non_blocking=True) for index in mine.nonzero(as_tuple=True))
+    return Crops(global_crops, local_crops, mine.to(pixels.device, non_blocking=True), (crop_of, patch_of))
 
 
 def sample_pair(

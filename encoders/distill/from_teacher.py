@@ -3,6 +3,9 @@
 python -m pipeline encoder --images DIR --teacher timm:vit_large_patch14_dinov2=FILE --out runs/encoder
 """
 
+import math
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from training.device import autocast
 
 WHITENED = 6
 """One in so many of the teacher's directions, the leading ones, weigh the same in the loss: 64 of ViT-S's 384."""
+GROWTH = 1.05
+"""By how much the steps that the whitening was found from grow until it is found again."""
 
 
 class FromTeacher(Objective):
@@ -52,6 +57,9 @@ class FromTeacher(Objective):
         self.register_buffer("patch_mean", torch.zeros(teacher.dim))
         self.covariance: Tensor
         self.register_buffer("covariance", torch.zeros(teacher.dim, teacher.dim))
+        self.whitening: Tensor
+        self.register_buffer("whitening", torch.zeros(teacher.dim, max(1, teacher.dim // WHITENED)))
+        self.register_load_state_dict_pre_hook(_whitened)
 
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
         """Cosine losses of one step's crops against the teacher's tokens; moves the statistics, then uses them.
@@ -74,13 +82,14 @@ class FromTeacher(Objective):
         self.patch_mean.copy_(running_mean(self.patch_mean, seen.patch_tokens.mean(dim=(0, 1)), step=step))
         relative = within_image(seen.patch_tokens)
         self.covariance.copy_(running_mean(self.covariance, covariance(relative), step=step))
-        whitening = whitening_from(self.covariance.cpu(), max(1, self.teacher.dim // WHITENED)).to(relative)
+        if whitens(step):
+            self.whitening.copy_(whitening_from(self.covariance.cpu(), self.whitening.shape[1]))
         of_image = self.class_projection(tokens[:, 0])
         of_cells = self.patch_projection(tokens[:, 1:])
         return Losses(
             self.config.class_weight * cosine_loss(of_image, seen.class_token - self.class_mean),
             cosine_loss(of_cells, seen.patch_tokens - self.patch_mean)
-            + cosine_loss(within_image(of_cells) @ whitening, relative @ whitening),
+            + cosine_loss(within_image(of_cells) @ self.whitening, relative @ self.whitening),
             {"told_apart": told_apart(of_image if self.config.class_weight else of_cells.mean(dim=1))},
         )
 
@@ -93,6 +102,22 @@ class FromTeacher(Objective):
                 f"the weights of {self.config.teacher} are not those this run began with; bring them back, "
                 "or start again with another --out"
             )
+
+
+def _whitened(objective: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Half-done runs of before the whitening was kept go on."""
+    width = objective.get_buffer("whitening").shape[1]
+    state.setdefault(f"{prefix}whitening", whitening_from(state[f"{prefix}covariance"], width))
+
+
+def whitens(step: int) -> bool:
+    """Whether a step, from 0, finds the whitening of all tokens so far: the first twenty do, then one whenever a
+    twentieth more steps were taken.
+
+    The decomposition is in fp64 on the CPU, and everything waits for it. What it is of is a mean over all steps, which
+    moves less and less: 147 decompositions do for 10,000 steps.
+    """
+    return step < 20 or math.floor(math.log(step + 1, GROWTH)) > math.floor(math.log(step, GROWTH))
 
 
 def cosine_loss(predicted: Float[Tensor, "*axes dim"], target: Float[Tensor, "*axes dim"]) -> Float[Tensor, ""]:
@@ -121,10 +146,10 @@ def running_mean(mean: Float[Tensor, "*axes"], now: Float[Tensor, "*axes"], *, s
     return mean.lerp(distributed.mean_over_ranks(now), 1 / (step + 1))
 
 
-def told_apart(predicted: Float[Tensor, "batch dim"]) -> float:
+def told_apart(predicted: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """1 - the mean cosine of the batch's predictions with each other: near 0 when all images get the same one.
 
     Of predictions and not of class tokens, which share a large direction of their own that says nothing.
     """
     mean = distributed.mean_over_ranks(F.normalize(predicted.detach(), dim=-1).mean(dim=0))
-    return 1 - mean.square().sum().item()
+    return 1 - mean.square().sum()

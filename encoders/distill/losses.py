@@ -99,15 +99,15 @@ def moved_centre(
     return centre.lerp(distributed.mean_over_ranks(logits.float().flatten(0, -2).mean(dim=0)), 1 - CENTRE_MOMENTUM)
 
 
-def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, float]:
+def spread(teacher: Float[Tensor, "*axes prototypes"]) -> dict[str, Float[Tensor, ""]]:
     """How the teacher uses its prototypes, in nats; collapse shows as `told_apart` near 0.
 
     entropy: of one image's distribution (log K = says nothing). kl_uniform: of the batch's mean distribution
     from uniform (log K = one prototype for all). told_apart: what is left, the information on which image it is.
     """
     flat = teacher.flatten(0, -2)
-    entropy = distributed.mean_over_ranks(torch.special.entr(flat).sum(dim=-1).mean()).item()
-    mean_entropy = torch.special.entr(distributed.mean_over_ranks(flat.mean(dim=0))).sum().item()
+    entropy = distributed.mean_over_ranks(torch.special.entr(flat).sum(dim=-1).mean())
+    mean_entropy = torch.special.entr(distributed.mean_over_ranks(flat.mean(dim=0))).sum()
     return {
         "entropy": entropy,
         "kl_uniform": math.log(flat.shape[-1]) - mean_entropy,

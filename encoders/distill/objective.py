@@ -13,11 +13,12 @@ from training.augment import IMAGENET_MEAN, IMAGENET_STD
 @dataclass(frozen=True, slots=True)
 class Losses:
     """Of one step. The losses are of this rank's images and add up to what is minimised; `shown` are figures of the
-    whole batch, `told_apart` among them: near 0 when the encoder says the same of every image."""
+    whole batch, `told_apart` among them: near 0 when the encoder says the same of every image. All are tensors on the
+    device: whoever reads a number waits until everything before it is computed."""
 
     of_class: Float[Tensor, ""]
     of_patch: Float[Tensor, ""]
-    shown: dict[str, float]
+    shown: dict[str, Float[Tensor, ""]]
 
 
 class Objective(nn.Module):
@@ -38,7 +39,8 @@ class Objective(nn.Module):
     def losses(self, images: UInt8[Tensor, "batch height width 3"], *, step: int) -> Losses:
         """Both losses of this rank's block of the batch: a function of the images, the seed, the step and the state.
 
-        Computes the ViTs in the run's precision, everything else in fp32.
+        Computes the ViTs in the run's precision, everything else in fp32. Reads nothing back from the device, but for
+        the whitening of a teacher's tokens, now and then.
         """
         raise NotImplementedError
 

@@ -45,9 +45,9 @@ class StudentTeacher(Objective):
             with torch.no_grad():
                 seen = vit_tokens(self.teacher, crops.global_crops)
                 class_logits = self.teacher_head(seen[:, 0])
-                patch_logits = self.teacher_head(seen[:, 1:][crops.masks])
+                patch_logits = self.teacher_head(seen[:, 1:][crops.masked])
             tokens = vit_tokens(self.student, crops.global_crops, crops.masks, self.mask_token)
-            classes, masked = [tokens[:, 0]], tokens[:, 1:][crops.masks]
+            classes, masked = [tokens[:, 0]], tokens[:, 1:][crops.masked]
             if len(crops.local_crops):
                 classes.append(vit_tokens(self.student, crops.local_crops)[:, 0])
             class_guesses = self.student_head(torch.cat(classes)).unflatten(0, (-1, len(images)))

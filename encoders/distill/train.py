@@ -112,18 +112,20 @@ class Distillation(Task):
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """One micro-batch: the head's batch norm is over the whole batch."""
         images, _ = next(self.steps)
-        self.told = self.objective.losses(images.to(self.device), step=step)
-        yield self.told.of_class + self.told.of_patch
+        told = self.objective.losses(images.to(self.device, non_blocking=True), step=step)
+        yield told.of_class + told.of_patch
         # No DDP: its reductions would meet those of the head's batch norm.
         distributed.average_gradients(weight for group in self.optimizer.param_groups for weight in group["params"])
+        # On its way while the gradient's norm is computed; the loop waits for that, so `figures` waits for nothing.
+        mine = distributed.mean_over_ranks(torch.stack([told.of_class, told.of_patch]).detach())
+        self.named = ("loss_class", "loss_patch", *told.shown)
+        self.values = torch.stack([*mine, *told.shown.values()]).to("cpu", non_blocking=True)
 
     def accept(self, step: int) -> None:
         self.objective.follow(step / self.total)
 
     def figures(self, step: int) -> dict[str, float]:
-        told = torch.stack([self.told.of_class, self.told.of_patch])
-        of_class, of_patch = distributed.mean_over_ranks(told).tolist()
-        figures = {"loss_class": of_class, "loss_patch": of_patch, **self.told.shown}
+        figures = dict(zip(self.named, self.values.tolist(), strict=True))
         if self.monitor and (step == self.total - 1 or self._ends_period(step)):
             encoder, precision = self.objective.encoder, self.config.run.precision
             figures["knn"] = self.monitor(encoder, precision, self.objective.mean, self.objective.std)

@@ -1,6 +1,7 @@
 """Distillation from a frozen teacher: what is learned, what is saved, and what is refused."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from stripes import draw_stripes, tiny
 from torch.nn import functional as F
 
-from encoders.distill.from_teacher import cosine_loss, running_mean, told_apart
+from encoders.distill.from_teacher import WHITENED, cosine_loss, running_mean, told_apart, whitens
 from encoders.distill.student import vit_tokens
 from encoders.distill.train import distill, new_objective, new_optimizer
 from encoders.load import load_encoder
+from encoders.whitening import whitening_from
 from shards.image_batches import ImageBatches
 from shards.images import list_images
 from training.checkpoint import CheckpointError, find, load_state, load_tensors, newest
@@ -259,3 +261,37 @@ def test_bf16_trains_and_saves_fp32(images, teacher, tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
     for name in ("loss_class", "loss_patch"):
         assert half[-1][name] == pytest.approx(full[-1][name], rel=0.1)
+
+
+def test_the_whitening_is_of_tokens_never_older_than_a_twentieth_of_the_steps():
+    steps = [step for step in range(10_000) if whitens(step)]
+
+    assert steps[:20] == list(range(20))
+    assert len(steps) == 147
+    assert all(after <= 1.05 * (before + 1) for before, after in pairwise(steps))
+
+
+def test_the_loss_whitens_by_the_statistics_of_the_last_step_that_found_a_whitening(images, teacher, tmp_path):
+    objective = new_objective(tiny(images, tmp_path, teacher=teacher))
+    pixels = squares(images, 32)
+    objective.losses(pixels, step=0)
+    expected = whitening_from(objective.covariance, 48 // WHITENED)
+    assert torch.equal(objective.whitening, expected)
+
+    objective.losses(pixels, step=24)  # finds none
+
+    assert not whitens(24)
+    assert not torch.equal(objective.covariance @ expected, torch.zeros_like(expected))
+    assert torch.equal(objective.whitening, expected)
+
+
+def test_a_half_done_run_of_before_the_whitening_was_kept_goes_on(images, teacher, tmp_path):
+    objective = new_objective(tiny(images, tmp_path, teacher=teacher))
+    objective.losses(squares(images, 32), step=0)
+    before = {name: value for name, value in objective.state_dict().items() if name != "whitening"}
+    expected = objective.whitening.clone()
+    objective.whitening.zero_()
+
+    objective.load_state_dict(before)
+
+    assert torch.equal(objective.whitening, expected)
