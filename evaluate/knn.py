@@ -8,7 +8,7 @@ from torch import Tensor
 from encoders.knn import knn_votes
 from evaluate.config import KnnConfig
 from evaluate.features import train_and_test
-from evaluate.result import Result, rows_of, write_results
+from evaluate.result import Result, expect_results, rows_of, write_results
 from training.device import pick_device
 
 FEW_CLASSES = 10
@@ -18,8 +18,10 @@ def knn(config: KnnConfig) -> list[Result]:
     """Classify frozen features by their nearest neighbours.
 
     Raises:
-        ValueError: The images have no classes, or the encoder source is wrong.
+        ValueError: The images have no classes, the encoder source is wrong, or `out` or `json` cannot be written.
+        RowsNotKept: The rows were found, and could not be written after all.
     """
+    expect_results(config)
     found = train_and_test(config)
     device = pick_device("cpu" if config.device == "mps" else config.device)
     votes = knn_votes(

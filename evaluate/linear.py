@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from evaluate.config import ProbeConfig
 from evaluate.features import train_and_test
 from evaluate.knn import accuracies
-from evaluate.result import Result, rows_of, write_results
+from evaluate.result import Result, expect_results, rows_of, write_results
 from training.device import pick_device
 from training.schedule import learning_rate
 
@@ -27,8 +27,10 @@ def probe(config: ProbeConfig) -> list[Result]:
     """Train a linear classifier on frozen features.
 
     Raises:
-        ValueError: The images have no classes, or the encoder source is wrong.
+        ValueError: The images have no classes, the encoder source is wrong, or `out` or `json` cannot be written.
+        RowsNotKept: The rows were found, and could not be written after all.
     """
+    expect_results(config)
     found = train_and_test(config)
     device = pick_device(config.device)
     batch, peak = batch_and_peak(len(found.train), config.probe_batch, config.base_lr)

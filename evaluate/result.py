@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from evaluate.config import FeatureConfig
 from evaluate.features import TrainAndTest
 from shards.atomic import sha256_json, write_json
+from shards.places import refuse_unwritable
 from training.run_folder import as_json, package_versions
 
 WHERE = (
@@ -18,6 +20,14 @@ WHERE = (
     *("data", "images", "val_data", "val_images", "json", "out"),
 )
 HOW_FAST = ("device", "threads", "debug")
+
+
+class RowsNotKept(Exception):
+    """Rows were found and could not be written; they are in `rows`, to be printed all the same."""
+
+    def __init__(self, rows: "Sequence[Result]", reason: str):
+        super().__init__(reason)
+        self.rows = rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +84,57 @@ def rows_of(
     ]
 
 
-def write_results(config: FeatureConfig, rows: Sequence[Result]) -> None:
-    """Add the rows to the results.jsonl they belong to, and write `--json` when asked."""
-    append_results(results_path(config.checkpoint, config.out), rows)
+def expect_results(config: FeatureConfig) -> None:
+    """Before the work: that the rows will be kept where they were asked for.
+
+    Where nobody asked for a place, and the default cannot be written (somebody else's run), a line on stderr says so.
+
+    Raises:
+        ValueError: `--json` or `--out` cannot be written.
+    """
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.json, [dataclasses.asdict(row) for row in rows])
+        refuse_unwritable(config.json, flag="--json", folder=False)
+    path = results_path(config.checkpoint, config.out)
+    try:
+        refuse_unwritable(path.parent)
+        if path.exists():
+            _refuse_closed(path)
+    except ValueError as error:
+        if config.out is not None:
+            raise
+        instead = "" if config.json is not None else "; --out FOLDER keeps them, without it they are printed alone"
+        print(f"warning: {path} will not have the rows ({error}){instead}", file=sys.stderr)
+
+
+def _refuse_closed(path: Path) -> None:
+    try:
+        open(path, "ab").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+
+
+def write_results(config: FeatureConfig, rows: Sequence[Result]) -> None:
+    """Add the rows to the results.jsonl they belong to, and write `--json` when asked.
+
+    Raises:
+        RowsNotKept: Neither holds them, or not the one that was asked for.
+    """
+    try:
+        if config.json is not None:
+            config.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.json, [dataclasses.asdict(row) for row in rows])
+    except OSError as error:
+        raise RowsNotKept(rows, _not_kept(config.json, error)) from error
+    path = results_path(config.checkpoint, config.out)
+    try:
+        append_results(path, rows)
+    except OSError as error:
+        if config.json is None or config.out is not None:
+            raise RowsNotKept(rows, _not_kept(path, error)) from error
+
+
+def _not_kept(path: Path | None, error: OSError) -> str:
+    return f"the rows could not be kept in {path} ({error.strerror}); --out FOLDER or --json FILE keeps them elsewhere"
 
 
 def results_path(checkpoint: str, out: Path | None) -> Path:

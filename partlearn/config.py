@@ -106,8 +106,9 @@ class LearnConfig:
         for name, value in PAPER.items() if self.paper else ():
             asked = getattr(self, name)
             if asked not in (value, type(self).__dataclass_fields__[name].default):
+                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"--paper means {name} {value}, and {name} {asked} was asked for beside it; drop one of the two"
+                    f"--paper means {flag} {value}, and {flag} {asked} was asked for beside it; drop one of the two"
                 )
             object.__setattr__(self, name, value)
         for name, value in BUILTIN_READS.items() if self.encoder == "builtin" and self.init == "kmeans" else ():
@@ -200,8 +201,8 @@ class ExtractConfig:
     learned with; for baselines, what the weights say."""
     encoder_std: tuple[float, float, float] | None = None
     """Deviation that goes with --encoder-mean."""
-    num_parts: int = 6
-    """For baselines: number of parts; heads always has one part a head."""
+    num_parts: int | None = None
+    """For baselines: number of parts (heads always has one part a head). Default: 6."""
     size: int = 224
     """Side of the stored JPEG in pixels."""
     quality: int = 90
@@ -231,13 +232,13 @@ class ExtractConfig:
     def __post_init__(self):
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (images) or --relabel (a shard set), and not both")
-        of_encoder = (self.encoder, self.encoder_block, self.encoder_mean, self.encoder_std)
-        if str(self.parts) == TRUTH and (self.attention or any(one is not None for one in of_encoder)):
+        through = (self.encoder, self.encoder_block, self.encoder_mean, self.encoder_std, self.num_parts)
+        if str(self.parts) == TRUTH and (self.attention or any(one is not None for one in through)):
             raise ValueError(
-                "--parts truth looks through no encoder; leave out --attention, --encoder, --encoder-block, "
-                "--encoder-mean and --encoder-std"
+                "--parts truth looks through no encoder and has the parts that were drawn; leave out --attention, "
+                "--encoder, --encoder-block, --encoder-mean, --encoder-std and --num-parts"
             )
-        if not 1 <= self.num_parts <= 255:
+        if self.num_parts is not None and not 1 <= self.num_parts <= 255:
             raise ValueError(f"num_parts must lie between 1 and 255 (labels are bytes), got {self.num_parts}")
         if self.size < 16:
             raise ValueError(f"size must be at least 16 pixels, got {self.size}")

@@ -20,6 +20,7 @@ from benchmarks.rounds import Report, verdict
 from pipeline.config import BenchConfig
 from pipeline.creatures import write_creatures
 from shards.atomic import write_json
+from shards.places import refuse_unwritable
 from training.config import RunConfig
 from training.progress import Progress
 from training.run_folder import git_state, package_versions
@@ -37,10 +38,14 @@ def bench(config: BenchConfig) -> None:
         FileNotFoundError: There are no such images, or no such part learner.
         BenchError: Of gpu: something could not be measured.
     """
+    out = config.out or Path("runs/gpu" if config.name == "gpu" else "runs/bench")
+    refuse_unwritable(out)
+    if config.json:
+        refuse_unwritable(config.json, flag="--json", folder=False)
     if config.name == "gpu":
-        _gpu(config)
+        _gpu(config, out)
         return
-    out, minutes = config.out or Path("runs/bench"), config.minutes or MINUTES
+    minutes = config.minutes or MINUTES
     out.mkdir(parents=True, exist_ok=True)
     images = config.images or _creatures(out / "creatures")
     if config.name == "loader":
@@ -58,17 +63,18 @@ def bench(config: BenchConfig) -> None:
             build=config.build,
             run=RunConfig(out=out, device=config.device, threads=config.threads),
         )
+    _print(config.name, report)
     if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.json, [row.as_json() for row in report.rows])
     write_json(out / "environment.json", _environment())
-    _print(config.name, report)
 
 
-def _gpu(config: BenchConfig) -> None:
+def _gpu(config: BenchConfig, out: Path) -> None:
     """What `python benchmarks/gpu.py` does, which needs none of this file's packages and prints its own table."""
     bench_gpu(
         GpuConfig(
-            out=config.out or Path("runs/gpu"),
+            out=out,
             photographs=config.photographs,
             encoder=config.encoder,
             data=config.data,

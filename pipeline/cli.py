@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from partlearn.config import IN_PYTHON, ExtractConfig, LearnConfig
 from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
 from pipeline.help import fields_of, made, options, overview
 from pretrain.config import FREE, METHOD, PretrainConfig
+from training.memory import OutOfMemory, asking_for_less, out_of_memory
 
 Backend = Annotated[Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")]
 Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")]
@@ -29,7 +31,9 @@ def encoder(config: Annotated[Any, options(EncoderConfig)]) -> None:
     """
     from encoders.distill.train import distill
 
-    _say(distill(made(config)))
+    config = made(config)
+    with asking_for_less("--batch-size", config.batch_size):
+        _say(distill(config))
 
 
 def learn_parts(
@@ -45,7 +49,8 @@ def learn_parts(
     from partlearn.train import learn
 
     config = made(config)
-    _train(learn, config, backend, num_workers)
+    with asking_for_less("--batch-size", config.batch_size):
+        _train(learn, config, backend, num_workers)
     if _is_main():
         from pipeline.figures.parts_sheet import show_parts
 
@@ -62,7 +67,8 @@ def extract(config: Annotated[Any, options(ExtractConfig)]) -> None:
     from pipeline.extract import extract as build
 
     config = made(config)
-    info = build(config)
+    with asking_for_less("--batch-size", config.batch_size):
+        info = build(config)
     print(f"{config.run.out}: {info['samples']:,} images in {len(info['shards'])} shards, {info['rejected']} rejected")
 
 
@@ -114,7 +120,7 @@ def knn(config: Annotated[Any, options(KnnConfig)]) -> None:
     """
     from evaluate.knn import knn as evaluate
 
-    _rows(evaluate(made(config)))
+    _rows(evaluate, made(config))
 
 
 def probe(config: Annotated[Any, options(ProbeConfig)]) -> None:
@@ -125,7 +131,7 @@ def probe(config: Annotated[Any, options(ProbeConfig)]) -> None:
     """
     from evaluate.linear import probe as evaluate
 
-    _rows(evaluate(made(config)))
+    _rows(evaluate, made(config))
 
 
 def bench(config: Annotated[Any, options(BenchConfig)]) -> None:
@@ -196,11 +202,16 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Waiting threads sleep instead of spinning: on a shared machine spinning made a run twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     wants_help = not {"--help", "-h"}.isdisjoint(arguments)
     try:
         try:
             if arguments in (["--help"], ["-h"]):
                 print(overview(VERBS))
+                return 0
+            if arguments in (["--version"], ["-V"]):
+                print(f"semmae {version('semmae')}")
                 return 0
             tyro.extras.subcommand_cli_from_dict(
                 VERBS,
@@ -232,6 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line; the kind of error leads where its text alone says little."""
     text = " ".join(str(error).split())
+    if out_of_memory(error) and not isinstance(error, OutOfMemory):
+        return f"out of memory ({text[:200]}); take fewer or smaller images at once, or --device cpu"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if type(error).__module__ == "builtins" and not isinstance(error, (*CALL_WAS_WRONG, OSError)):
         return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
     return text or f"{type(error).__name__} (run again with --debug for the traceback)"
@@ -264,7 +279,20 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _rows(rows: list[Any]) -> None:
+def _rows(evaluate: Any, config: Any) -> None:
+    """Compute rows and print them, also where they cannot be kept, which is then an error."""
+    from evaluate.result import RowsNotKept
+
+    try:
+        with asking_for_less("--batch-size", config.batch_size):
+            rows = evaluate(config)
+    except RowsNotKept as error:
+        _show(error.rows)
+        raise
+    _show(rows)
+
+
+def _show(rows: Any) -> None:
     """A table of results."""
     from rich.console import Console
     from rich.table import Table

@@ -9,7 +9,7 @@ An image is a pure function of (seed, index, species, size). It is drawn at twic
 """
 
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +150,7 @@ def write_creatures(
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    drawn = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    drawn = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         for name in SPECIES:
             (drawn / "images" / name).mkdir(parents=True)
@@ -164,7 +164,6 @@ def write_creatures(
                 progress(1)
         lines = [f"{part}\t{name}\n" for part, name in enumerate(("background", *PARTS))]
         (drawn / "labels.txt").write_text("".join(lines))
-        drawn.chmod(0o755)
         drawn.rename(folder)
     except BaseException:
         shutil.rmtree(drawn)

@@ -27,6 +27,7 @@ from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.atomic import read_json, write_json
 from shards.images import list_images
+from shards.places import refuse_unwritable
 from shards.shard_set import ShardSet
 from training.config import RunConfig
 from training.progress import duration
@@ -123,6 +124,7 @@ class Job:
 def demo(config: DemoConfig) -> None:
     """Run what is missing of the whole job in `config.out`, then print its table and draw its image sheet."""
     began = time.monotonic()
+    refuse_unwritable(config.out)
     procedural = config.images is None
     images = config.out / "images"
     if procedural:

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from partlearn.config import ExtractConfig
 from partlearn.labelling.protocol import Labeller, folder_of, open_labeller
@@ -16,6 +17,7 @@ from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
 from shards.atomic import read_json
 from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
+from shards.places import lock_of, only_to_be_read, refuse_unwritable
 from shards.writer import shard_paths
 from training.progress import Progress
 from training.run_folder import as_json, git_state, package_versions
@@ -35,10 +37,14 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         faulty: Files of the set that are not as they were written; they and the shards they belong to are made again.
 
     Raises:
-        ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights.
+        ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights; or
+            it cannot be written, and the set is not finished.
         ShardError: Shards failed, too many images are unreadable, or another process builds in this folder.
     """
     folder = Path(config.run.out)
+    finished = (folder / "dataset.json").is_file() and only_to_be_read(folder)
+    if not finished:
+        refuse_unwritable(folder)
     source = open_source(
         config.images,
         config.relabel,
@@ -50,7 +56,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
     labeller = open_labeller(config, source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", blocking=False):
+        with nullcontext() if finished else lock_of(folder):
             plan_digest = open_plan(folder, _plan(config, source, labeller))
             if config.retry_failed:
                 _forget_rejects(folder, len(source.shard_sizes))

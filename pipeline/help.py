@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import docstring_parser
 import tyro
 
+from shards.places import at_home
+
 OPEN = "(default: the preset's, or what fits)"
 
 
@@ -55,9 +57,15 @@ def options(config: type, *, hidden: Collection[str] = (), open_: Collection[str
 
 
 def fields_of(given: Any) -> dict[str, Any]:
-    """What the command line gave, by field; a nested one as its config."""
+    """What the command line gave, by field; a nested one as its config, and `~` as the home folder that it means.
+
+    The words of a job are the command line's of another machine, which knows its own homes.
+    """
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    return {name: made(one) if dataclasses.is_dataclass(one) else one for name, one in values.items()}
+    return {
+        name: made(one) if dataclasses.is_dataclass(one) else one if name == "job" else at_home(one)
+        for name, one in values.items()
+    }
 
 
 def made(given: Any) -> Any:
@@ -76,6 +84,6 @@ def overview(verbs: dict[str, Any]) -> str:
             "",
             *lines,
             "",
-            "semmae VERB --help shows the options of a verb, with an example.",
+            "semmae VERB --help shows the options of a verb, with an example; semmae --version, the version.",
         ]
     )

@@ -24,6 +24,7 @@ from partlearn.labelling.baselines import NAMES, OF_HEADS, Baseline
 from partlearn.labelling.learned import TokenLabeller, open_token_labeller
 from pipeline.config import ScorePartsConfig
 from shards.atomic import read_json, sha256_json, write_json, write_whole
+from shards.places import refuse_unwritable
 from training.contact_sheet import ROWS, assemble, tinted
 from training.device import pick_device
 from training.progress import Progress
@@ -77,8 +78,9 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
         ValueError: A learner on another grid than the table's; a truth of another size
             than its image; shuffled labels of a folder with one image.
     """
-    for file in filter(None, (config.json, config.sheet)):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for flag, file in (("--json", config.json), ("--sheet", config.sheet)):
+        if file:
+            refuse_unwritable(file, flag=flag, folder=False)
     sets = {name: TruthSet(Path(name)) for name in config.images}
     images = sum(len(one.images) for one in sets.values())
     learners = list(_learners(config))
@@ -114,8 +116,6 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
     ]
     below = below_centre(rows, controls)
     rows += controls
-    if config.json:
-        write_json(config.json, rows)
     _print(rows)
     for row, prior in below:
         print(
@@ -123,6 +123,9 @@ def score_parts(config: ScorePartsConfig) -> list[dict[str, Any]]:
             f"the centre does: AP {row['foreground_ap']:.3f}, centre {prior:.3f}",
             file=sys.stderr,
         )
+    if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.json, rows)
     if config.sheet:
         _draw(config.sheet, config, sets[config.images[0]], seen[config.images[0]])
     return rows

@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from partlearn.config import ExtractConfig
+from partlearn.config import TRUTH, ExtractConfig
+from partlearn.labelling.protocol import folder_of
 from pipeline.config import VerifyConfig
 from shards import verify as checks
 from shards.atomic import read_json, write_json
 from shards.errors import ShardError
 from shards.info import changed_fields
+from shards.places import refuse_unwritable
 from shards.record import restore
 from shards.verify import Fault
 from training.config import RunConfig
@@ -21,6 +23,8 @@ def verify(config: VerifyConfig) -> None:
     Raises:
         ShardError: There is at least one fault (left), or the set is not finished.
     """
+    if config.json:
+        refuse_unwritable(config.json, flag="--json", folder=False)
     if config.repair:
         for name in restore(config.data):
             print(f"{name} is as it was written again, from what the other files tell")
@@ -31,6 +35,7 @@ def verify(config: VerifyConfig) -> None:
         repair(config.data, faults)
         faults = checks.verify(config.data, config.level)
     if config.json:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.json, [dataclasses.asdict(fault) for fault in faults])
     if faults:
         raise ShardError(f"{config.data} has {len(faults)} faults at level {config.level}; repair it with --repair")
@@ -83,5 +88,7 @@ def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
     for name in ("encoder_mean", "encoder_std"):
         if told.get(name) is not None:
             told[name] = tuple(told[name])
+    if folder_of(told["parts"]) or str(told["parts"]) in (TRUTH, "builtin"):
+        told["num_parts"] = None  # before 0.7 a learner's sets recorded the 6 that nobody had asked for
     precision = info["producer"]["labels"].get("precision", "auto")  # on any device: labels may come out the same
     return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder, precision=precision))

@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.config import FREE, METHOD, PretrainConfig, StreamRun, refuse_out_of_range
 from shards.atomic import read_json
+from shards.places import refuse_unwritable
 from shards.shard_set import ShardSet
 from training.run_folder import untouched
 
@@ -116,11 +117,13 @@ def settled(asked: Settings, run: StreamRun, *, cuda: bool, main: bool = True) -
         main: Say on stderr what was chosen.
 
     Raises:
-        ValueError: A setting is out of its range, or the preset fixes another value.
+        ValueError: A setting is out of its range, the preset fixes another value, or the folder cannot be written.
         FileNotFoundError, ShardError: See `ShardSet.open`.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     refuse_out_of_range(given)  # before anything of the set is read
+    if main and not (run.out / "DONE.json").is_file():
+        refuse_unwritable(run.out)
     begun = _begun(run.out)
     if begun:
         return PretrainConfig(**(begun | given), run=run)

@@ -22,6 +22,7 @@ from training import distributed
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.device import autocast, computes_bf16, pick_device, plain_attention_on_cpu
 from training.loop import train
+from training.memory import asking_for_less
 from training.parallel import gradients_stay_here, on_ranks
 from training.run_folder import opened
 from training.schedule import learning_rate, warn_of_a_long_warmup
@@ -40,6 +41,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
         ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
         ShardError: The shard set is unfinished or damaged.
         FloatingPointError: See `training.loop.train`.
+        OutOfMemory: A step needs more than there is; a smaller `run.micro_batch` needs less.
     """
     with opened(config) as run:
         if run.finished:
@@ -49,7 +51,9 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
             config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes
         ) as shards:
             task = Pretraining(config, shards)
-            return train(task, run, config.run, total=task.total, stop_after_steps=stop_after_steps)
+            at_once = task.micro_batch or config.batch_size // distributed.world_size()
+            with asking_for_less("--micro-batch", at_once, free=True):
+                return train(task, run, config.run, total=task.total, stop_after_steps=stop_after_steps)
 
 
 def build(config: PretrainConfig, size: int) -> MAE:

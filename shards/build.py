@@ -16,7 +16,7 @@ REJECTED = pa.schema([("source", pa.string()), ("ordinal", pa.int64()), ("step",
 
 
 def open_plan(folder: Path, plan: dict[str, Any]) -> str:
-    """Write plan.json at the first call, compare with it later; returns the plan's digest.
+    """Write plan.json at the first call, compare with it once a shard is there; returns the plan's digest.
 
     Raises:
         ValueError: The folder was started with another plan, or holds something else.
@@ -25,20 +25,38 @@ def open_plan(folder: Path, plan: dict[str, Any]) -> str:
     if path.is_file():
         theirs = read_json(path)
         differing = [
-            f"{name} was {theirs.get(name)!r}, now {plan.get(name)!r}"
+            _in_words(name, theirs.get(name), plan.get(name))
             for name in sorted(set(plan) | set(theirs))
             if theirs.get(name) != plan.get(name)
         ]
-        if differing:
+        if differing and any((folder / "shards").glob("*.tar")):
             raise ValueError(
                 f"{folder} was started with other settings ({'; '.join(differing)}); "
                 "choose another --out or the old settings"
             )
+        if differing:  # nothing was built: the first try was refused, or ran out of memory
+            write_json(path, plan)
     elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a shard set (no plan.json); choose another --out")
     else:
         write_json(path, plan)
     return sha256_json(plan)
+
+
+WORDS = {
+    "inputs_sha256": "other images, names or classes",
+    "encoder_sha256": "other encoder weights",
+    "learner_sha256": "other parts",
+    "truth_sha256": "other part maps (--parts truth)",
+    "source": "--images",
+    "inputs": "number of images",
+}
+"""What entries of a plan are to people; where it is a digest, that another one came says it all."""
+
+
+def _in_words(name: str, then: Any, now: Any) -> str:
+    said = WORDS.get(name, "--" + name.replace("_", "-"))
+    return said if name.endswith("_sha256") else f"{said} was {then!r}, now {now!r}"
 
 
 def shard_done(folder: Path, number: int, plan_digest: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from shards import storage
+from shards.places import at_home
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 EXPECTED = "a folder, a text file of paths or a .tar"
@@ -138,7 +139,8 @@ def _in_text(source: str) -> Iterator[tuple[ImageFile, str]]:
         name, _, label = line.strip().partition("\t")
         if not name:
             continue
-        location = name if storage.is_remote(name) or name.startswith("/") or not folder else f"{folder}/{name}"
+        at = at_home(name)
+        location = at if storage.is_remote(at) or at.startswith("/") or not folder else f"{folder}/{at}"
         if not storage.is_remote(location) and not Path(location).is_file():
             raise FileNotFoundError(f"{source} line {number} names {name}, which is no file")
         yield ImageFile(name, location), label

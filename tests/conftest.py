@@ -4,8 +4,9 @@ import hashlib
 import io
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,35 @@ def make_shards(tmp_path) -> Callable[..., ShardSet]:
     yield make
     for shards in made:
         shards.close()
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every account may look into, where pytest's own are this one's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder).resolve()
+        path.chmod(0o755)
+        yield path
+        path.chmod(0o755)
+
+
+@pytest.fixture
+def another_account() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which this process has the rights of an account that owns nothing; root's rights end there."""
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        before = os.geteuid()
+        if before:
+            yield  # no root: the modes that a test sets bind its own account too
+            return
+        os.seteuid(54321)
+        try:
+            yield
+        finally:
+            os.seteuid(before)
+
+    return switched
 
 
 def photographs(folder: Path, count: int) -> Path:

@@ -66,11 +66,17 @@ def save(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Tensors as safetensors, with `metadata` as JSON values in the header; whole or not at all."""
+    """Tensors as safetensors, with `metadata` as JSON values in the header; whole or not at all.
+
+    The file's mode follows the umask (safetensors gives everything to its owner alone).
+    """
     aside = path.with_name(f".{path.name}.partial")
+    aside.touch()
+    mode = aside.stat().st_mode
     header = {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, aside, metadata=header)
+    aside.chmod(mode)
     os.replace(aside, path)
 
 
@@ -104,7 +110,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         CheckpointError: The file is torn or no safetensors file.
+        OSError: It is not there, or may not be read.
     """
+    open(path, "rb").close()  # safetensors says "No such file" of one that may not be read
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from shards.atomic import read_json, write_json
+from shards.places import lock_of, only_to_be_read, refuse_unwritable
 from training import distributed
 from training.device import pick_device
 
@@ -67,18 +68,21 @@ class RunFolder:
         """Open `config.run.out`, making it when missing and continuing it when the config is the same.
 
         Raises:
-            ValueError: The folder belongs to a run of another config; the differing fields are named.
+            ValueError: The folder belongs to a run of another config; the differing fields are named. Or it cannot be
+                written, and its run is not finished.
             RunError: Another process works in the folder.
         """
         path = Path(config.run.out)
         if not distributed.is_main():
             return cls(path, None)
-        if path.is_file():
-            raise ValueError(f"--out {path} is a file, and a run needs a folder; choose another --out")
+        if (path / "DONE.json").is_file() and only_to_be_read(path):
+            _refuse_another(path, read_json(path / "config.json"), _told(config))
+            return cls(path, None)
+        refuse_unwritable(path)
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock")
+        lock = lock_of(path)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire()
         except Timeout:
             raise RunError(f"{path} is in use by another process; wait for it or choose another --out") from None
         try:
@@ -136,14 +140,27 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
             distributed.leave()
 
 
-def untouched(path: Path) -> bool:
-    """Whether nothing was computed here: a run that was refused at its start, by a wrong path say, leaves no more.
+FIRST = ("config.json", "environment.json")
+"""What a run writes before it computes anything."""
 
-    Neither does another rank that is writing these files (`shards.atomic`), or was killed as it did.
+
+def untouched(path: Path) -> bool:
+    """Whether nothing was computed here: no checkpoint, and no step that was logged.
+
+    So a run that was refused at its start, by a wrong path say, or that ran out of memory in its first step leaves its
+    folder to other settings. Ranks that are writing what comes first (`shards.atomic`), or were killed as they did,
+    leave no more.
     """
-    first = ("config.json", "environment.json")
-    names = {entry.name for entry in path.iterdir()} - {".lock", *first}
-    return all(name.startswith(tuple(f".{one}." for one in first)) for name in names)
+    return all(_says_nothing(entry) for entry in path.iterdir())
+
+
+def _says_nothing(entry: Path) -> bool:
+    if entry.name == "metrics.jsonl":
+        return entry.stat().st_size == 0
+    if entry.name == "checkpoints":
+        return all(one.name.startswith(".") for one in entry.iterdir())
+    begun = ("events.out.tfevents.", *(f".{one}." for one in FIRST))
+    return entry.name in (".lock", ".metrics.jsonl.partial", *FIRST) or entry.name.startswith(begun)
 
 
 def _bare(value: Any) -> Any:
@@ -151,24 +168,30 @@ def _bare(value: Any) -> Any:
     return value.rstrip("/") if isinstance(value, str) else value
 
 
-def _claim(path: Path, config: Any) -> None:
-    """Write config.json and environment.json, or check that config.json says the same where work was done.
+def _told(config: Any) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return as_json(config) | {"verb": type(config).__name__}
 
-    `run` is left out of the comparison: it says where and how fast, never what.
-    """
-    ours = as_json(config) | {"verb": type(config).__name__}
+
+def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """`run` is left out of the comparison: it says where and how fast, never what."""
+    differing = [
+        f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
+        for name in sorted((set(ours) | set(theirs)) - {"run"})
+        if _bare(theirs.get(name)) != _bare(ours.get(name))
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
+        )
+
+
+def _claim(path: Path, config: Any) -> None:
+    """Write config.json and environment.json, or check that config.json says the same where work was done."""
+    ours = _told(config)
     theirs = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if theirs and not (untouched(path) and theirs.get("verb") == ours["verb"]):
-        fields = sorted((set(ours) | set(theirs)) - {"run"})
-        differing = [
-            f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
-            for name in fields
-            if _bare(theirs.get(name)) != _bare(ours.get(name))
-        ]
-        if differing:
-            raise ValueError(
-                f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
-            )
+        _refuse_another(path, theirs, ours)
     elif not untouched(path):
         raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")
     else:

@@ -110,7 +110,7 @@ def open_token_labeller(
     block: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    num_parts: int = 6,
+    num_parts: int | None = None,
     device: torch.device = CPU,
     precision: str = "auto",
     attention: bool = False,
@@ -119,14 +119,14 @@ def open_token_labeller(
 
     Args:
         encoder: Source of the encoder. Default: the one the parts were learned on; a baseline needs one.
-        grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts.
+        grid, block, num_parts: Of a baseline: cells a side (28), the block whose tokens are read, parts (6).
         mean, std: Normalisation of the encoder's pixels. Default: the one the parts were learned with; for a baseline,
             what the weights say.
 
     Raises:
         FileNotFoundError: There are no such parts.
-        ValueError: The grid, the block or the normalisation is not the one the parts were learned on, or a baseline
-            lacks its encoder.
+        ValueError: The grid, the block, the normalisation or the number of parts is not the one that was learned, or a
+            baseline lacks its encoder.
         CheckpointError: Weights are missing, torn, or have changed since.
     """
     if str(parts) in NAMES:
@@ -136,11 +136,12 @@ def open_token_labeller(
             encoder, grid=grid or 28, block=block, mean=mean, std=std, device=device, precision=precision
         )
         name: Any = str(parts)
-        baseline = Baseline(name, frozen, parts=num_parts)
+        baseline = Baseline(name, frozen, parts=num_parts or 6)
         return TokenLabeller(frozen, baseline, baseline.sha256, attention=attention)
     if str(parts) != "builtin" and not Path(parts).exists():
         raise FileNotFoundError(
-            f"no parts at {parts}: expected a run folder of learn-parts, builtin, or a baseline ({', '.join(NAMES)})"
+            f"no parts at {parts}: expected a run folder of learn-parts, builtin, a baseline ({', '.join(NAMES)}), or "
+            "for extract also truth (the part maps beside the images)"
         )
     learner, described, sha256 = load_learner(Path(parts))
     if grid not in (None, learner.shape.grid):
@@ -150,6 +151,11 @@ def open_token_labeller(
     for flag, asked, learned in (("mean", mean, described["mean"]), ("std", std, described["std"])):
         if asked is not None and list(asked) != list(learned):
             raise ValueError(f"--encoder-{flag} {tuple(asked)} was asked for, but {parts} was learned with {learned}")
+    if num_parts not in (None, learner.shape.parts):
+        raise ValueError(
+            f"--num-parts {num_parts} was asked for, but {parts} has {learner.shape.parts} parts; learn others with "
+            "learn-parts --num-parts"
+        )
     source = encoder or described["source"]
     frozen = load_encoder(
         source,

@@ -1,16 +1,31 @@
 """Ray, as little of it as the verbs need: joining a cluster, and one training function on many workers."""
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start Ray right here."""
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start Ray right here.
+
+    A Ray started here reports nothing to its makers, unless RAY_USAGE_STATS_ENABLED=1 asks for it, and says nothing of it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ["RAY_USAGE_STATS_ENABLED"] == "0":
+        os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     import ray
 
     if not ray.is_initialized():
+        of_tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
+        of_tokens.addFilter(_warns)
         ray.init(log_to_driver=False, configure_logging=False)
+
+
+def _warns(record: logging.LogRecord) -> bool:
+    """That tokens protect a Ray is no warning; that none do is."""
+    return "is enabled for this Ray cluster" not in record.getMessage()
 
 
 def refuse_paths_of_the_upload(*paths: Path) -> None:

@@ -78,7 +78,7 @@ def test_paper_beside_what_contradicts_it_is_refused(capsys, tmp_path):
     )
 
     assert code == 2
-    assert "--paper means whiten 0, and whiten 9 was asked for beside it" in capsys.readouterr().err
+    assert "--paper means --whiten 0, and --whiten 9 was asked for beside it" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
 
 

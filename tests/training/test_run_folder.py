@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def save(run: Path, step: int) -> Path:
     )
 
 
+def logged(run: Path) -> None:
+    """A run in which one step was made."""
+    metrics = Metrics(run, step=0)
+    metrics.log(0, loss=1.0)
+    metrics.close()
+
+
 def test_a_run_folder_holds_its_config_and_is_finished_by_done(tmp_path):
     with RunFolder.open(toy(tmp_path / "run")) as run:
         assert not run.finished
@@ -54,7 +62,7 @@ def test_a_run_folder_holds_its_config_and_is_finished_by_done(tmp_path):
 
 def test_another_config_is_refused_and_the_difference_named(tmp_path):
     RunFolder.open(toy(tmp_path)).close()
-    Metrics(tmp_path, step=0).close()
+    logged(tmp_path)
 
     with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
         RunFolder.open(toy(tmp_path, lr=0.2))
@@ -68,6 +76,73 @@ def test_a_folder_in_which_nothing_was_computed_takes_another_config(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
 
 
+def test_a_run_that_ended_in_its_first_step_leaves_its_folder_to_another_config(tmp_path):
+    """Out of memory, say: the log is open, a checkpoint was begun, and nothing was computed."""
+    RunFolder.open(toy(tmp_path)).close()
+    Metrics(tmp_path, step=0).close()
+    (tmp_path / "checkpoints/.step-00000001.partial").mkdir(parents=True)
+
+    RunFolder.open(toy(tmp_path, lr=0.2)).close()
+
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
+
+
+@pytest.mark.parametrize("done", [logged, lambda run: save(run, 1)])
+def test_a_step_or_a_checkpoint_binds_a_folder_to_its_config(tmp_path, done):
+    RunFolder.open(toy(tmp_path)).close()
+    done(tmp_path)
+
+    with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
+        RunFolder.open(toy(tmp_path, lr=0.2))
+
+
+def test_a_finished_run_that_may_only_be_read_is_reused_and_another_config_refused(public, another_account):
+    with RunFolder.open(toy(public / "run")) as run:
+        run.finish({"loss": 0.5})
+    (public / "run").chmod(0o555)
+
+    with another_account(), RunFolder.open(toy(public / "run")) as run:
+        assert run.finished
+        assert run.report() == {"loss": 0.5}
+    with another_account(), pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
+        RunFolder.open(toy(public / "run", lr=0.2))
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(public, another_account):
+    public.chmod(0o555)
+
+    with (
+        another_account(),
+        pytest.raises(ValueError, match=r"run cannot be written .*Permission denied.*choose another"),
+    ):
+        RunFolder.open(toy(public / "run"))
+    assert list(public.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_what_a_run_writes_follows_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with RunFolder.open(toy(tmp_path / "run")) as run:
+            logged(run.path)
+            save(run.path, 1)
+            run.finish({})
+    finally:
+        os.umask(before)
+
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "state.pt", ".lock", "config.json", "DONE.json", "metrics.jsonl"} <= modes.keys()
+    assert {name: oct(one) for name, one in modes.items() if one != mode} == {}
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_missing(public, another_account):
+    file = save(public, 1) / "model.safetensors"
+    file.chmod(0o600)
+
+    with another_account(), pytest.raises(PermissionError):
+        checkpoint.load_tensors(file)
+
+
 def test_a_config_of_something_else_is_no_run_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
 
@@ -78,7 +153,7 @@ def test_a_config_of_something_else_is_no_run_folder(tmp_path):
 
 def test_a_slash_after_a_folder_is_no_other_setting(tmp_path):
     RunFolder.open(toy(tmp_path, images="photos/")).close()
-    Metrics(tmp_path, step=0).close()
+    logged(tmp_path)
 
     RunFolder.open(toy(tmp_path, images="photos")).close()
 
@@ -98,7 +173,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_a_file_cannot_be_a_run_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file, and a run needs a folder"):
+    with pytest.raises(ValueError, match=r"needs a folder, and .*file is a file"):
         RunFolder.open(toy(tmp_path / "file"))
 
 
