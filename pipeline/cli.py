@@ -44,7 +44,8 @@ def learn_parts(
     """Learn part maps from a frozen encoder's tokens.
 
     For example:
-      semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --out runs/parts
+      semmae learn-parts --images photos/ --encoder builtin --out runs/parts
+      semmae learn-parts --images photos/ --encoder timm:vit_small_patch14_dinov2.lvd142m --out runs/parts-dino
     """
     from partlearn.train import learn
 
@@ -61,7 +62,8 @@ def extract(config: Annotated[Any, options(ExtractConfig)]) -> None:
     """Write part labels and foreground ranks beside every image, into WebDataset shards.
 
     Runs on Ray (a cluster, or started here) or with --backend local; a killed build goes on. For example:
-      semmae extract --images photos/ --parts runs/parts --out runs/shards --backend local
+      semmae extract --images photos/ --out runs/shards --backend local
+      semmae extract --images photos/ --parts runs/parts --out runs/shards-own --backend local
       semmae submit --address http://HEAD:8265 -- extract --images /data/imagenet/train --parts /runs/parts --out /data/shards
     """
     from pipeline.extract import extract as build
@@ -90,6 +92,8 @@ def pretrain(
 ) -> None:
     """Pretrain a masked autoencoder on a shard set.
 
+    While it runs it shows alpha (masks hide a share of every part at 0, whole parts at 1), purity (share of the parts
+    that are hidden whole or not at all) and, where there were any, skipped: steps whose gradient was not finite.
     For example:
       semmae pretrain --data runs/shards --masking semmae --out runs/semmae
       torchrun --nproc-per-node 8 -m pipeline pretrain --preset semmae-b16 --data /data/shards --out /runs/semmae

@@ -151,7 +151,8 @@ class SubmitConfig:
     """A verb, run on a Ray cluster from a copy of this checkout."""
 
     job: Positional[tuple[str, ...]] = ()
-    """The verb and its flags, after --; paths are absolute and on storage that all nodes see."""
+    """The verb and its flags, after --; paths are absolute and on storage that all nodes see. A quoted ~ is the home
+    of the account that runs the job."""
     address: str | None = None
     """The cluster's dashboard, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, then a Ray
     started here."""

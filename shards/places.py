@@ -35,6 +35,19 @@ def at_home(value: Any) -> Any:
     return type(value)(found["kind"] + path)
 
 
+def refuse_url(location: str, *, flag: str = "--out") -> None:
+    """Results go to folders alone; a `Path` of a URL has lost a slash and is known all the same.
+
+    Raises:
+        ValueError: It is a URL.
+    """
+    if URL.match(location):
+        raise ValueError(
+            f"{flag} {location} is a URL, and results are written to local folders; write to one, then upload it "
+            "with your store's own tool (reading from s3:// and gs:// works)"
+        )
+
+
 def refuse_unwritable(path: Path, *, flag: str = "--out", folder: bool = True) -> None:
     """Nothing is made here; where nothing could be, that is said before the work.
 
@@ -45,11 +58,7 @@ def refuse_unwritable(path: Path, *, flag: str = "--out", folder: bool = True) -
         ValueError: It is a URL, or begins with an unexpanded `~`; something of the other kind is there or on the way
             there; or nothing can be written there (rights, a read-only or a full disk).
     """
-    if URL.match(str(path)):
-        raise ValueError(
-            f"{flag} {path} is a URL, and results are written to local folders; write to one, then upload it "
-            "with your store's own tool (reading from s3:// and gs:// works)"
-        )
+    refuse_url(str(path), flag=flag)
     if str(path).startswith("~"):
         raise ValueError(f"{flag} {path} would be a folder named {path.parts[0]}; write the whole path, from / on")
     if not folder and path.is_dir():

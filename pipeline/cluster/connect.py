@@ -10,7 +10,7 @@ from typing import Any
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start Ray right here.
 
-    A Ray started here reports nothing to its makers, unless RAY_USAGE_STATS_ENABLED=1 asks for it, and says nothing of it.
+    A Ray started here reports nothing to its makers, unless RAY_USAGE_STATS_ENABLED=1 asks for it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ["RAY_USAGE_STATS_ENABLED"] == "0":

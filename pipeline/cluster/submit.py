@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.cluster.upload import MIB, RAY_LEAVES_OUT, check_size, packed
 from pipeline.config import SubmitConfig
+from shards.places import refuse_url
 
 SHIPPED = Path(__file__).with_name("runtime_env.yaml")
 
@@ -24,7 +25,7 @@ def submit(config: SubmitConfig) -> None:
     """Run `python -m pipeline VERB ...` on the cluster and return when it has succeeded.
 
     Raises:
-        ValueError: No verb, or an upload above Ray's limit; nothing has been sent.
+        ValueError: No verb, an output at a URL, or an upload above Ray's limit; nothing has been sent.
         FileNotFoundError: `config.working_dir` is no checkout.
         ConnectionError: No cluster answers.
         JobError: The cluster refused the token, or the job failed.
@@ -36,6 +37,10 @@ def submit(config: SubmitConfig) -> None:
         raise FileNotFoundError(
             f"{folder} has no pipeline/__main__.py to send; run this in the checkout, or name it with --working-dir"
         )
+    for word, after in zip(config.job, (*config.job[1:], ""), strict=True):
+        flag, _, value = word.partition("=")
+        if flag in ("--out", "--json", "--sheet"):
+            refuse_url(value or after, flag=flag)
     runtime_env = yaml.safe_load((config.runtime_env or SHIPPED).read_text()) or {}
     runtime_env["excludes"] = [*RAY_LEAVES_OUT, *runtime_env.get("excludes", [])]
     files = dict(packed(folder, runtime_env["excludes"]))

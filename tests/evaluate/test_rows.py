@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from evaluate.features import extract_features, kept_patches, train_and_test
 from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.result import Result, append_results, results_path
+from pipeline.cli import main
 from training.checkpoint import save
 
 FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time"
@@ -90,6 +92,39 @@ def test_the_hash_of_the_settings_knows_no_paths_and_no_speed(checkpoint, photos
     other = knn(KnnConfig(neighbours=3, **where))[0]
 
     assert first.config_sha256 == faster.config_sha256 != other.config_sha256
+
+
+def test_rows_that_cannot_be_kept_are_told_before_the_work_and_printed_all_the_same(checkpoint, photos, capsys):
+    """As in a colleague's run; a folder in the way stands for rights that root does not lack."""
+    (checkpoint / "results.jsonl").mkdir()
+    call = ["knn", "--checkpoint", str(checkpoint), "--images", str(photos), "--device", "cpu", "--pool", "mean"]
+
+    code = main(call)
+
+    told = capsys.readouterr()
+    assert code == 1
+    assert "100.0000" in told.out
+    assert re.match(r"warning: .*results\.jsonl will not have the rows .*--out FOLDER keeps them", told.err)
+    assert re.search(r"semmae: the rows could not be kept in .*results\.jsonl .*--out FOLDER", told.err)
+
+
+def test_rows_asked_for_as_json_are_kept_there_where_the_run_takes_none(checkpoint, photos, tmp_path):
+    (checkpoint / "results.jsonl").mkdir()
+    where = {"checkpoint": str(checkpoint), "images": str(photos), "device": "cpu"}
+
+    rows = knn(KnnConfig(json=tmp_path / "rows.json", **where))
+
+    assert [row["value"] for row in json.loads((tmp_path / "rows.json").read_text())] == [row.value for row in rows]
+
+
+@pytest.mark.parametrize("protocol", [(knn, KnnConfig), (probe, ProbeConfig)])
+@pytest.mark.parametrize("flag", ["out", "json"])
+def test_a_place_that_was_asked_for_and_cannot_be_written_is_refused_before_the_work(protocol, flag, tmp_path):
+    (tmp_path / "file").touch()
+    evaluate, config = protocol
+
+    with pytest.raises(ValueError, match=rf"--{flag} .*file/rows.* needs a folder"):
+        evaluate(config(checkpoint="no-such-run", images="no-such-images", **{flag: tmp_path / "file/rows/x"}))
 
 
 def test_a_shard_set_can_be_scored_whole_or_kept(checkpoint, make_shards, tmp_path):
