@@ -89,6 +89,6 @@ def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
         if told.get(name) is not None:
             told[name] = tuple(told[name])
     if folder_of(told["parts"]) or str(told["parts"]) in (TRUTH, "builtin"):
-        told["num_parts"] = None  # before 0.7 a learner's sets recorded the 6 that nobody had asked for
+        told["num_parts"] = None  # older sets recorded the 6 that nobody had asked for
     precision = info["producer"]["labels"].get("precision", "auto")  # on any device: labels may come out the same
     return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder, precision=precision))
