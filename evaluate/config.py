@@ -26,10 +26,17 @@ class FeatureConfig:
     """Shard set of the test split. Default: every fifth image, in a seeded order, is held out."""
     val_images: str = ""
     """Instead of a shard set: images of the test split in class folders."""
+    labels: str = ""
+    """Label set laid over --data, whose ranks --tokens kept reads: a folder, or a name in the set's labels/. Default:
+    the labels in the shards."""
+    val_labels: str = ""
+    """The same for --val-data."""
     size: int | None = None
     """Side of the encoder's input in pixels. Default: the encoder's own."""
     tokens: Literal["full", "kept"] = "full"
-    """full: every patch. kept: the quarter of patches best in the foreground rank (shard sets only)."""
+    """full: every patch. kept: those best in the foreground rank, as pretraining keeps them (shard sets only)."""
+    keep_share: float | None = None
+    """Share of the patches with --tokens kept. Default: what the checkpoint was pretrained with."""
     pool: Literal["class", "mean"] = "class"
     """Which feature is scored: the class token, or the mean of the patch tokens, both after the final norm."""
     batch_size: int = 64
@@ -54,6 +61,16 @@ class FeatureConfig:
             raise ValueError("the test split is either --val-data or --val-images, got both")
         if self.tokens == "kept" and (self.images or self.val_images):
             raise ValueError("--tokens kept needs the foreground rank of a shard set; use --data and --val-data")
+        if self.tokens != "kept" and (self.keep_share is not None or self.labels or self.val_labels):
+            raise ValueError("--keep-share, --labels and --val-labels choose the patches of --tokens kept; add it")
+        if self.keep_share is not None and not 0 < self.keep_share <= 1:
+            raise ValueError(f"keep_share must lie in (0, 1], got {self.keep_share}")
+        if self.val_labels and not self.val_data:
+            raise ValueError("--val-labels are laid over --val-data, which is missing")
+        if self.val_data and bool(self.labels) != bool(self.val_labels):
+            raise ValueError(
+                "patches of both splits are kept by one labeller: give --labels and --val-labels, or neither"
+            )
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError(f"batch_size and threads must be at least 1, got {self.batch_size} and {self.threads}")
 

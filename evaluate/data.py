@@ -8,15 +8,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64, Integer, UInt8
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from shards.atomic import sha256_json
 from shards.batches import in_order
 from shards.decode import ImageError, decode_rgb, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.order import permutation
 from shards.shard_set import ShardSet
+from shards.storage import WHOLE_FILE, is_remote
 
 HELD_OUT = 5
+STORED = "stored squares"
+"""What shards hold: the square of the short side. Files beside a shard set are cut like it."""
+CENTRE_CROP = "short side x 8/7, centre crop"
+"""Files by themselves: the protocols' 256 and 224 (`centre_crop`)."""
+STRIP = 16
+"""Longer strips are cut to this ratio first: 1 x 5,000 pixels would become 256 x 1,280,000."""
+MOST_LOST = 0.01
+"""Share of the files (and at least ten of them) that may be out of reach; of more, the storage is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +46,18 @@ class Split:
 
     source: str
     images: ShardSet | ImageList
-    unreadable: list[str] = field(default_factory=list)
+    stored: int | None
+    """Side of the set's squares, or of those of the set beside which files are read. None: files by themselves."""
+    unreadable: dict[str, Exception] = field(default_factory=dict)
+    """Names of the files that the last pass left out, each with its reason."""
 
     def __len__(self) -> int:
         return len(self.images) if isinstance(self.images, ShardSet) else len(self.images.images)
+
+    @property
+    def preparation(self) -> str:
+        """How images become squares: STORED or CENTRE_CROP."""
+        return CENTRE_CROP if self.stored is None else STORED
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -45,10 +65,18 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        return self.images.fingerprint if isinstance(self.images, ShardSet) else self.images.digest
+        """Of the images that were read, and of labels laid over them: another one where some were left out."""
+        if isinstance(self.images, ShardSet):
+            return self.images.identity
+        left_out = sorted(self.unreadable)
+        return sha256_json([self.images.digest, left_out]) if left_out else self.images.digest
 
     def batches(self, *, size: int, batch_size: int, threads: int) -> Iterator[LabelledBatch]:
-        """Every image once, in order. Files that cannot be read are left out and noted in `unreadable`."""
+        """Every image once, in order. Files that cannot be read are left out and noted in `unreadable`.
+
+        Raises:
+            OSError: The storage does not answer, or more than MOST_LOST of the files are out of reach.
+        """
         if isinstance(self.images, ShardSet):
             for batch in in_order(self.images, batch_size=batch_size, threads=threads):
                 yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
@@ -58,22 +86,31 @@ class Split:
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(listed), batch_size):
                 chosen = listed[start : start + batch_size]
-                tries = list(pool.map(lambda image: _pixels(image, size), chosen))
-                self.unreadable += [found for found in tries if isinstance(found, str)]
-                read = [(p, t) for p, t in zip(chosen, tries, strict=True) if not isinstance(t, str)]
+                tries = list(pool.map(lambda image: _pixels(image, size, self.stored), chosen))
+                self._leave_out({f.name: t for f, t in zip(chosen, tries, strict=True) if isinstance(t, Exception)})
+                read = [(f.class_id, t) for f, t in zip(chosen, tries, strict=True) if not isinstance(t, Exception)]
                 if read:
-                    class_ids = np.array([image.class_id for image, _ in read], dtype=np.int64)
+                    class_ids = np.array([class_id for class_id, _ in read], dtype=np.int64)
                     yield LabelledBatch(np.stack([pixels for _, pixels in read]), class_ids, None)
 
+    def _leave_out(self, failed: dict[str, Exception]) -> None:
+        self.unreadable |= failed
+        lost = [name for name, error in self.unreadable.items() if isinstance(error, OSError)]
+        if len(lost) > max(10, MOST_LOST * len(self)):
+            raise OSError(
+                f"{len(lost)} of {len(self)} images in {self.source} are out of reach, the first {lost[0]} "
+                f"({self.unreadable[lost[0]]}); check the storage, then run again"
+            )
 
-def load_split(data: str, images: str) -> Split:
-    """The shard set at `data`, or else the images at `images`.
+
+def load_split(data: str, images: str, labels: str = "") -> Split:
+    """The shard set at `data`, with `labels` laid over it, or else the images at `images`.
 
     Raises:
         ValueError: Some images have no class.
     """
-    opened = ShardSet.open(Path(data)) if data else list_images(images)
-    split = Split(data or images, opened)
+    opened = ShardSet.open(Path(data), labels=labels or None) if data else list_images(images)
+    split = Split(data or images, opened, opened.size if isinstance(opened, ShardSet) else None)
     if isinstance(opened, ShardSet):
         class_ids = np.asarray(opened.class_ids)
     else:
@@ -120,10 +157,29 @@ def same_classes(labels: Int64[Tensor, " images"], test: Split, train: Split) ->
     return torch.tensor([train.classes.index(name) for name in test.classes])[labels]
 
 
-def _pixels(file: ImageFile, size: int) -> UInt8[np.ndarray, "side side 3"] | str:
-    """An image's centre square as an array, or why there is none."""
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The short side resized to size x 8/7 (256 for 224; bicubic, antialiased), then the centre: what DINO and MAE
+    evaluate (eval_knn.py, main_linprobe.py), with the same two transforms."""
+    if max(image.size) > STRIP * min(image.size):
+        width, height = (min(side, STRIP * min(image.size)) for side in image.size)
+        image = CenterCrop((height, width))(image)
+    return CenterCrop(size)(Resize(round(size * 8 / 7), InterpolationMode.BICUBIC)(image))
+
+
+def _pixels(file: ImageFile, size: int, stored: int | None) -> UInt8[np.ndarray, "side side 3"] | ImageError | OSError:
+    """An image's square as an array, or why there is none."""
     try:
-        image, _ = square(decode_rgb(read_bytes(file)), size)
+        image = decode_rgb(read_bytes(file))
     except ImageError as error:
-        return f"{file.name} ({error})"
-    return np.asarray(image)
+        return error
+    except OSError as error:
+        if not _gone(file, error):
+            raise OSError(f"{file.name} cannot be read ({error}); check the storage, then run again") from error
+        return error
+    return np.asarray(centre_crop(image, size) if stored is None else square(image, stored)[0])
+
+
+def _gone(file: ImageFile, error: OSError) -> bool:
+    """Whether this file alone is missing or closed to us; a lost tar or folder takes others with it."""
+    alone = file.size == WHOLE_FILE and (is_remote(file.location) or Path(file.location).parent.is_dir())
+    return alone and isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))

@@ -1,13 +1,12 @@
 """Frozen features of a split, computed once and kept.
 
-Images are centre squares, resized straight to the encoder's input: DINO's 256-to-224 margin is left out, so
-that a shard set, square already, shows what a folder of the same images shows. No flips, no augmentation.
+How images become squares: evaluate/data.py. No flips, no augmentation.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from encoders.frozen import Encoder
 from encoders.load import load_encoder
 from evaluate.config import FeatureConfig
 from evaluate.data import Split, held_out, load_split, same_classes
+from pretrain.masking.patches import best_patches
 from shards.atomic import sha256_file, sha256_json
 from shards.shard_set import ShardSet
-from training.checkpoint import find
+from training.checkpoint import find, load_tensors
 from training.device import pick_device
 from training.progress import Progress
 
@@ -37,19 +37,28 @@ class TrainAndTest:
     checkpoint: str
     checkpoint_sha256: str
     data_fingerprint: str
+    preparation: str
+    """How images became squares: `Split.preparation`."""
+    size: int
+    """Side of the encoder's input in pixels."""
+    keep_share: float | None
+    """Share of the patches that the encoder saw; None where it saw all (--tokens full)."""
 
 
 def train_and_test(config: FeatureConfig) -> TrainAndTest:
     """Load the encoder and the images that `config` names and compute all features, in fp32."""
-    train = load_split(config.data, config.images)
-    test = load_split(config.val_data, config.val_images) if config.val_data or config.val_images else None
-    encoder, checkpoint_sha256 = open_encoder(config, train)
+    train, test = load_split(config.data, config.images, config.labels), None
+    if config.val_data or config.val_images:
+        test = load_split(config.val_data, config.val_images, config.val_labels)
+        train.stored, test.stored = train.stored or test.stored, test.stored or train.stored
+    keep_share = share_kept(config, train) if config.tokens == "kept" else None
+    encoder, checkpoint_sha256 = open_encoder(config)
 
     def features_of(split: Split) -> tuple[Tensor, Tensor]:
         return extract_features(
             encoder,
             split,
-            tokens=config.tokens,
+            keep_share=keep_share,
             pool=config.pool,
             batch_size=config.batch_size,
             threads=config.threads,
@@ -68,21 +77,28 @@ def train_and_test(config: FeatureConfig) -> TrainAndTest:
     name = config.checkpoint or config.encoder
     if config.encoder_mean and config.encoder_std:
         name += f" mean {config.encoder_mean} std {config.encoder_std}"
-    return TrainAndTest(*split, classes, name, checkpoint_sha256, fingerprint)
+    return TrainAndTest(
+        *split,
+        classes=classes,
+        checkpoint=name,
+        checkpoint_sha256=checkpoint_sha256,
+        data_fingerprint=fingerprint,
+        preparation=train.preparation,
+        size=encoder.size,
+        keep_share=keep_share,
+    )
 
 
-def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
-    """The encoder and the SHA-256 of its weights: a checkpoint's file, else the tensors as loaded."""
+def open_encoder(config: FeatureConfig) -> tuple[Encoder, str]:
+    """The encoder at `--size` or its own, and the SHA-256 of its weights: a checkpoint's file, else the tensors as
+    loaded."""
     source = f"run:{find(Path(config.checkpoint))}" if config.checkpoint else config.encoder
-    grid = train.images.grid if config.tokens == "kept" and isinstance(train.images, ShardSet) else None
-    device = pick_device(config.device)
     encoder = load_encoder(
         source,
-        grid=grid if config.size is None else None,
         size=config.size,
         mean=config.encoder_mean,
         std=config.encoder_std,
-        device=device,
+        device=pick_device(config.device),
         precision="fp32",
     )
     if config.checkpoint:
@@ -90,34 +106,69 @@ def open_encoder(config: FeatureConfig, train: Split) -> tuple[Encoder, str]:
     return encoder, encoder.fingerprint
 
 
+def share_kept(config: FeatureConfig, train: Split) -> float:
+    """The share of the patches that is kept: `--keep-share`, else what the checkpoint was pretrained with.
+
+    Raises:
+        ValueError: Neither says, or the checkpoint chose its patches by other labels of the same images.
+    """
+    source = config.checkpoint or config.encoder
+    run = config.checkpoint or (source.removeprefix("run:") if source.startswith("run:") else "")
+    said: dict[str, Any] = load_tensors(find(Path(run)))[1] if run else {}
+    if isinstance(train.images, ShardSet):
+        images, identity = train.images.fingerprint, train.images.identity
+        trained = said.get("data_fingerprint", "")
+        if trained.partition("+")[0] == images and trained != identity:
+            raise ValueError(
+                f"{source} was pretrained on {train.source} with {_labels_named(trained)}, and kept other patches than "
+                f"{_labels_named(identity)} would; name those labels with --labels"
+            )
+    share = config.keep_share if config.keep_share is not None else said.get("mae", {}).get("keep_share")
+    if share is None:
+        raise ValueError(
+            f"--tokens kept reads the patches that pretraining kept, and {source} does not say how many those were; "
+            "give their share as --keep-share (the paper's: 0.25)"
+        )
+    return share
+
+
+def _labels_named(identity: str) -> str:
+    labels = identity.partition("+")[2]
+    return f"the label set {labels[:12]}" if labels else "the labels in its shards"
+
+
 def extract_features(
     encoder: Encoder,
     split: Split,
     *,
-    tokens: Literal["full", "kept"] = "full",
+    keep_share: float | None = None,
     pool: Literal["class", "mean"] = "class",
     batch_size: int = 64,
     threads: int = 2,
 ) -> tuple[Float[Tensor, "images dim"], Int64[Tensor, " images"]]:
     """One feature and one class id for every image of `split` that can be read, on the CPU.
 
+    Args:
+        keep_share: Share of the patches, best in foreground, that the encoder sees; None = all.
+
     Raises:
-        ValueError: No image could be read, or `tokens` is kept and the ranks are of another grid.
+        ValueError: No image could be read, or there are no ranks that patches could be kept by.
+        OSError: The storage does not answer.
     """
     progress = Progress(len(split), f"features of {split.source}", "images")
     features, labels = [], []
     for batch in split.batches(size=encoder.size, batch_size=batch_size, threads=threads):
-        ids = kept_patches(batch.fgrank, encoder.grid, split.source) if tokens == "kept" else None
+        ids = None if keep_share is None else kept_patches(batch.fgrank, encoder, keep_share, split.source)
         found = encoder(torch.from_numpy(batch.images), ids)
         features.append((found.class_token if pool == "class" else found.patch_tokens.mean(dim=1)).cpu())
         labels.append(torch.from_numpy(np.asarray(batch.class_ids, dtype=np.int64)))
         progress.advance(len(batch.images))
     progress.close()
     if split.unreadable:
-        left_out, first = len(split.unreadable), split.unreadable[0]
+        first, reason = next(iter(split.unreadable.items()))
         print(
-            f"{left_out} of {len(split)} images in {split.source} could not be read and are left out; "
-            f"the first is {first}",
+            f"{len(split.unreadable)} of {len(split)} images in {split.source} could not be read and are left out; "
+            f"the first is {first} ({reason})",
             file=sys.stderr,
         )
     if not features:
@@ -126,14 +177,21 @@ def extract_features(
 
 
 def kept_patches(
-    fgrank: Integer[np.ndarray, "batch rows cols"] | None, grid: int, source: str
+    fgrank: Integer[np.ndarray, "batch rows cols"] | None, encoder: Encoder, share: float, source: str
 ) -> Int64[Tensor, "batch kept"]:
-    """The quarter of patches best in the foreground rank, in reading order."""
-    if fgrank is None or fgrank.shape[1] != grid:
-        stored = "no foreground ranks" if fgrank is None else f"ranks of {fgrank.shape[1]} cells a side"
+    """The patches that pretraining would keep: of the encoder's own grid, by the mean rank of the cells of each.
+
+    Raises:
+        ValueError: There are no ranks, or their cells cannot be shared by the encoder's patches.
+    """
+    if fgrank is None:
+        raise ValueError(f"--tokens kept needs foreground ranks, and {source} holds none; use a shard set")
+    cells, grid = fgrank.shape[1], encoder.grid
+    if cells % grid:
+        sides = [cells // n for n in range(1, cells + 1) if cells % n == 0]
+        nearest = min(sides, key=lambda side: abs(side - grid)) * encoder.patch
         raise ValueError(
-            f"--tokens kept needs foreground ranks of {grid} cells a side, the encoder's grid, but "
-            f"{source} holds {stored}; drop --size or use a shard set of that grid"
+            f"--tokens kept needs patches that share the {cells}x{cells} foreground ranks of {source} evenly, and the "
+            f"encoder has {grid}x{grid} at {encoder.size} px; pass --size {nearest}"
         )
-    order = fgrank.reshape(len(fgrank), -1).astype(np.int64).argsort(axis=1, kind="stable")
-    return torch.from_numpy(np.sort(order[:, : grid * grid // 4], axis=1))
+    return best_patches(torch.from_numpy(fgrank.astype(np.int64)), grid, share)

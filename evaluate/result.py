@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evaluate.config import FeatureConfig
 from evaluate.features import TrainAndTest
@@ -16,8 +17,8 @@ from shards.places import refuse_unwritable
 from training.run_folder import as_json, package_versions
 
 WHERE = (
-    *("checkpoint", "encoder", "encoder_mean", "encoder_std"),
-    *("data", "images", "val_data", "val_images", "json", "out"),
+    *("checkpoint", "encoder", "encoder_mean", "encoder_std", "data", "images", "val_data", "val_images"),
+    *("labels", "val_labels", "json", "out"),
 )
 HOW_FAST = ("device", "threads", "debug")
 
@@ -44,8 +45,17 @@ class Result:
     checkpoint_sha256: str
     """Of the checkpoint file; for an encoder source, of its tensors as loaded."""
     config_sha256: str
-    """Of the protocol's settings alone: no paths, no seed. Rows with equal hashes may be compared."""
+    """Of the protocol's settings alone, preparation, tokens and pool among them: no paths, no seed. Rows with equal
+    hashes may be compared."""
     data_fingerprint: str
+    """Of the images that were read; of their labels where these chose the tokens."""
+    settings: dict[str, Any]
+    """The protocol's settings with `size` and `keep_share` as they were, whoever set them."""
+    preparation: str
+    """How images became squares: see STORED and CENTRE_CROP in evaluate/data.py."""
+    tokens: str
+    """`full` or `kept`."""
+    pool: str
     seed: int
     epochs: int
     """Epochs the protocol itself trained; 0 for k-NN."""
@@ -65,7 +75,8 @@ def rows_of(
 ) -> list[Result]:
     """One row a metric of `values`."""
     left_out = {*WHERE, *HOW_FAST, "batch_size", "seed"}
-    settings = {name: value for name, value in as_json(config).items() if name not in left_out}
+    asked = {name: value for name, value in as_json(config).items() if name not in left_out}
+    asked |= {"preparation": found.preparation, "keep_share": found.keep_share}
     return [
         Result(
             protocol=protocol,
@@ -73,8 +84,12 @@ def rows_of(
             value=value,
             checkpoint=found.checkpoint,
             checkpoint_sha256=found.checkpoint_sha256,
-            config_sha256=sha256_json({"protocol": protocol} | settings),
+            config_sha256=sha256_json({"protocol": protocol} | asked),
             data_fingerprint=found.data_fingerprint,
+            settings=asked | {"size": found.size},
+            preparation=found.preparation,
+            tokens=config.tokens,
+            pool=config.pool,
             seed=config.seed,
             epochs=epochs,
             versions=package_versions(),

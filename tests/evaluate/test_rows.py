@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from encoders.load import load_encoder
 from evaluate.config import KnnConfig, ProbeConfig
-from evaluate.data import held_out, load_split
-from evaluate.features import extract_features, kept_patches, train_and_test
+from evaluate.data import CENTRE_CROP, STORED, held_out, load_split
+from evaluate.features import train_and_test
 from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.result import Result, append_results, results_path
 from pipeline.cli import main
 from training.checkpoint import save
 
-FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time"
+FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time "
+FIELDS += "settings preparation tokens pool"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
 
 
@@ -57,6 +57,10 @@ def a_row(number: int) -> Result:
         metric="top1",
         value=float(number),
         checkpoint="c",
+        settings={},
+        preparation="p",
+        tokens="full",
+        pool="class",
         seed=0,
         epochs=0,
         versions={},
@@ -82,6 +86,31 @@ def test_knn_and_probe_write_exactly_the_interfaces_fields(checkpoint, photos, t
     assert rows[0].value == 100
     assert lines[0]["checkpoint_sha256"] == lines[1]["checkpoint_sha256"]
     assert lines[0]["config_sha256"] != lines[1]["config_sha256"]
+    assert {(line["tokens"], line["pool"], line["preparation"]) for line in lines} == {("full", "mean", CENTRE_CROP)}
+    settings = {"neighbours": 20, "temperature": 0.07, "pool": "mean", "tokens": "full", "size": 32}
+    assert lines[0]["settings"] == settings | {"keep_share": None, "preparation": CENTRE_CROP}
+
+
+def test_rows_of_other_preparations_tokens_or_pools_have_other_hashes(checkpoint, photos, make_shards, tmp_path):
+    where = {"checkpoint": str(checkpoint), "device": "cpu", "out": tmp_path}
+    data = str(make_shards(count=20).path)
+
+    rows = [
+        *knn(KnnConfig(images=str(photos), **where)),
+        *knn(KnnConfig(data=data, **where)),
+        *knn(KnnConfig(data=data, pool="mean", **where)),
+        *knn(KnnConfig(data=data, tokens="kept", keep_share=0.25, **where)),
+        *knn(KnnConfig(data=data, tokens="kept", keep_share=0.5, **where)),
+    ]
+
+    assert len({row.config_sha256 for row in rows}) == len(rows)
+    assert [row.preparation for row in rows] == [CENTRE_CROP, *[STORED] * 4]
+    assert [(row.tokens, row.pool, row.settings["keep_share"]) for row in rows[1:]] == [
+        ("full", "class", None),
+        ("full", "mean", None),
+        ("kept", "class", 0.25),
+        ("kept", "class", 0.5),
+    ]
 
 
 def test_the_hash_of_the_settings_knows_no_paths_and_no_speed(checkpoint, photos, tmp_path):
@@ -127,26 +156,15 @@ def test_a_place_that_was_asked_for_and_cannot_be_written_is_refused_before_the_
         evaluate(config(checkpoint="no-such-run", images="no-such-images", **{flag: tmp_path / "file/rows/x"}))
 
 
-def test_a_shard_set_can_be_scored_whole_or_kept(checkpoint, make_shards, tmp_path):
+def test_a_shard_set_is_split_by_its_order_and_keeps_its_classes(checkpoint, make_shards, tmp_path):
     shards = make_shards(count=24)
-    where = {"checkpoint": str(checkpoint), "data": str(shards.path), "device": "cpu", "out": tmp_path}
 
-    full, kept = (train_and_test(KnnConfig(tokens=tokens, **where)) for tokens in ("full", "kept"))
+    found = train_and_test(KnnConfig(checkpoint=str(checkpoint), data=str(shards.path), device="cpu", out=tmp_path))
 
-    assert len(full.train) + len(full.test) == 24
-    assert full.data_fingerprint == shards.fingerprint
-    assert not torch.allclose(full.test, kept.test)
-    assert torch.equal(full.test_labels, kept.test_labels)
-
-
-def test_kept_patches_are_the_quarter_best_in_rank():
-    fgrank = np.random.default_rng(0).permutation(16).reshape(1, 4, 4).astype(np.uint16)
-
-    kept = kept_patches(fgrank, 4, "set")
-
-    assert kept.tolist() == [np.flatnonzero(fgrank.ravel() < 4).tolist()]
-    with pytest.raises(ValueError, match="set holds ranks of 4 cells a side"):
-        kept_patches(fgrank, 8, "set")
+    held = held_out(24, seed=0)
+    assert found.data_fingerprint == shards.fingerprint
+    assert found.test_labels.tolist() == shards.class_ids[held.numpy()].tolist()
+    assert found.train_labels.tolist() == shards.class_ids[~held.numpy()].tolist()
 
 
 def test_a_test_split_is_matched_by_class_names(checkpoint, photos, tmp_path):
@@ -162,17 +180,6 @@ def test_a_test_split_is_matched_by_class_names(checkpoint, photos, tmp_path):
     (test / "red").rename(test / "green")
     with pytest.raises(ValueError, match=r"lacks \(green\)"):
         train_and_test(KnnConfig(val_images=str(test), **where))
-
-
-def test_unreadable_images_are_left_out_and_counted(checkpoint, photos, capsys):
-    (photos / "red" / "torn.png").write_bytes(b"no image")
-    encoder = load_encoder(f"run:{checkpoint}", device=torch.device("cpu"))
-
-    features, labels = extract_features(encoder, load_split("", str(photos)), batch_size=5)
-
-    assert features.shape == (12, 16)
-    assert len(labels) == 12
-    assert "1 of 13 images" in capsys.readouterr().err
 
 
 def test_images_without_classes_are_refused(photos, make_shards):
