@@ -191,17 +191,23 @@ def _same_but_for_seed(methods: Sequence[Method]) -> list[list[str]]:
 
 
 def _row(set_: str, method: str, parts: int, seed: int | None, columns: dict[str, Any]) -> dict[str, Any]:
-    row = {"set": set_, "method": method, "parts": parts, "seed": seed, "view": columns["view"]}
+    row = {"set": set_, "method": method, "parts": parts, "seed": seed}
+    row |= {"view": columns["view"], "images": columns["images"]}
     return row | {name: columns[name] for name in COLUMNS} | {"stability": None, "areas": columns["areas"]}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    """A table of SHOWN for each set and view: 80 columns hold it, and names of methods wrap."""
+    """A table of SHOWN for each set and view: 80 columns hold it, and names of methods wrap. Titles say how many
+    images a view has: square ones have no other than the centre."""
     shown = {column: name for column, name in SHOWN.items() if any(row[column] is not None for row in rows)}
     methods = short_names([row["method"] for row in rows])
     console = Console(width=None if Console().is_terminal else 160)
-    for name, view in dict.fromkeys((row["set"], row["view"]) for row in rows):
-        table = Table(box=box.SIMPLE_HEAD, title=f"{name}, {view}", padding=(0, 1, 0, 0), title_justify="left")
+    images = {(row["set"], row["view"]): row["images"] for row in rows}
+    for (name, view), count in images.items():
+        title = f"{name}, {view}, {count} images"
+        if square := images[name, "centre"] - images.get((name, "off centre"), 0):
+            title += f" ({square} of them square)" if view == "centre" else f" ({square} square ones have no such view)"
+        table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), title_justify="left")
         table.add_column("labels", overflow="fold")
         for title in shown.values():
             table.add_column(title, no_wrap=True, min_width=max(4, len(title)), justify="right")
@@ -233,8 +239,8 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
 
 def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[str, np.ndarray]) -> None:
     """Images, truth, and the labels of each method, in one PNG, or in one a method where they are many."""
-    view = truths.centre(size=config.size, grid=config.grid)
-    images, true = view.images[:ROWS].astype(np.float32), view.truth[:ROWS]
+    view = truths.first(ROWS, size=config.size, grid=config.grid)
+    images, true = view.images.astype(np.float32), view.truth
     both = [images, _tinted(images, np.where(true == 255, 0, true))]
     sheets = {sheet: list(seen)}
     if len(seen) > ON_ONE_SHEET:

@@ -111,8 +111,7 @@ def _method(bench: Bench, name: str, share: float) -> Iterator[Row]:
     for set_, folder in sets.items():
         truths = TruthSet(folder)
         rows = score_labellers([labeller], truths, size=SIZE, advance=lambda count: None)[0][0]
-        seen = next(row for row in rows if row["view"] == "off centre")
-        yield from _rows(set_, seen, len(truths.images))
+        yield from _rows(set_, rows[-1], rows[-1]["images"])
 
 
 def _rows(name: str, scores: dict[str, Any], images: int) -> Iterator[Row]:
@@ -161,7 +160,7 @@ def _controls(bench: Bench) -> Iterator[Row]:
     """What position and colour alone score on the same images."""
     for set_, folder in halves(bench)[1].items():
         grid = config_of(bench, "default, no step", folder, 0).grid
-        truths = TruthSet(folder)
-        for row in control_rows(truths, size=SIZE, grid=grid, counts=(6,)):
-            if row["view"] == "off centre":
-                yield from _rows(f"{set_} {row['method']}", row, len(truths.images))
+        rows = control_rows(TruthSet(folder), size=SIZE, grid=grid, counts=(6,))
+        for row in rows:
+            if row["view"] == rows[-1]["view"]:
+                yield from _rows(f"{set_} {row['method']}", row, row["images"])

@@ -24,7 +24,8 @@ Below = tuple[dict[str, Any], float]
 def score_labellers(
     labellers: Sequence[TokenLabeller], truth: TruthSet, *, size: int, advance: Advance
 ) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Of each labeller: the rows of the centre and the off-centre squares, and its labels of the first.
+    """Of each labeller: the rows of the centre squares and of the off-centre ones, where an image has any, and its
+    labels of the first.
 
     `flip_agreement` and `flip_inside` label the mirrored centre squares; `shift_ari` compares the labels of two crops
     of one photograph, a quarter of their side apart, on the cells that both show. The encoder reads each image once
@@ -37,23 +38,30 @@ def score_labellers(
     """
     grid = labellers[0].grid
     centre = truth.centre(size=size, grid=grid)
-    off = truth.off_centre(size=size, grid=grid)
+    off = truth.ends(size=size, grid=grid)
+    moved = off.off_centre
     mirrored = np.ascontiguousarray(centre.images[:, :, ::-1])
-    views = [centre.images, off.images, mirrored, *(view.images for view in truth.shifted(size=size, grid=grid))]
+    views = [centre.images, mirrored, *(view.images for view in truth.shifted(size=size, grid=grid))]
+    if moved.any():
+        views.append(off.images)  # all of them: a shuffled baseline needs a next image
+    else:
+        advance(len(centre.images))
     seen = zip(*(labels_of(labellers, images, advance) for images in views), strict=True)
     told = []
-    for labeller, (here, there, flipped, left, right) in zip(labellers, seen, strict=True):
+    for labeller, (here, flipped, left, right, *ends) in zip(labellers, seen, strict=True):
         held = {
             "flip_agreement": flip_agreement(here[0], flipped[0]),
             "flip_inside": flip_inside(here[0], flipped[0]),
             "shift_ari": shift_ari(left[0], right[0]),
         }
+        shown = [("centre", here, centre)]
+        shown += [("off centre", (parts[moved], ranks[moved]), off.only(moved)) for parts, ranks in ends]
         rows = [
-            {"view": name}
+            {"view": name, "images": len(view.truth)}
             | score(labels[0], labels[1], view.truth, view.images, 1 + parts_of(labeller))
             | held
             | {"areas": areas(labels[0], 1 + parts_of(labeller))}
-            for name, labels, view in (("centre", here, centre), ("off centre", there, off))
+            for name, labels, view in shown
         ]
         told.append((rows, here[0]))
     return told
@@ -61,18 +69,18 @@ def score_labellers(
 
 def control_rows(images: TruthSet, *, size: int, grid: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """What position and colour alone score, by the same measures; how many parts there are matters to bands alone."""
-    views: dict[str, SquareView] = {
-        "centre": images.centre(size=size, grid=grid),
-        "off centre": images.off_centre(size=size, grid=grid),
-    }
+    views: dict[str, SquareView] = {"centre": images.centre(size=size, grid=grid)}
+    ends = images.ends(size=size, grid=grid)
+    if ends.off_centre.any():
+        views["off centre"] = ends.only(ends.off_centre)
     nothing = dict.fromkeys(("flip_agreement", "flip_inside", "shift_ari", "areas"))
     first = [
-        {"method": name, "parts": counts[0], "view": view} | columns | nothing
+        {"method": name, "parts": counts[0], "view": view, "images": len(shown.truth)} | columns | nothing
         for view, shown in views.items()
         for name, columns in shortcuts(shown.truth, shown.images, 1 + counts[0]).items()
     ]
     others = [
-        {"method": f"bands parts {count}", "parts": count, "view": view}
+        {"method": f"bands parts {count}", "parts": count, "view": view, "images": len(shown.truth)}
         | shortcuts(shown.truth, shown.images, 1 + count)["bands"]
         | nothing
         for count in counts[1:]

@@ -26,7 +26,7 @@ GRID = 8
 ROW = {"set", "method", "parts", "seed", "view", "foreground_ap", "foreground_recall_quarter", "beyond_shortcut"}
 ROW |= {"beyond_other", "nmi", "ari", "nmi_image", "ari_image", "colour_nmi", "bands_nmi", "shift_ari", "parts_used"}
 ROW |= {"largest_share", "speckle", "flip_agreement", "foreground_iou_best", "foreground_iou_quarter", "stability"}
-ROW |= {"areas", "speckle_inside", "flip_inside"}
+ROW |= {"areas", "speckle_inside", "flip_inside", "images"}
 
 
 @pytest.fixture
@@ -51,13 +51,18 @@ def agreement(images: np.ndarray, truth: np.ndarray) -> float:
 
 def test_every_view_shows_the_cells_that_its_truth_tells_of(painted):
     truths = TruthSet(painted)
-    views = [truths.centre(size=120, grid=GRID), truths.off_centre(size=120, grid=GRID)]
+    views = [truths.centre(size=120, grid=GRID), truths.ends(size=120, grid=GRID)]
     views += truths.shifted(size=96, grid=GRID)
 
     for view in views:
         assert agreement(view.images, view.truth) > 0.75
     assert not np.array_equal(views[0].truth[0], views[1].truth[0])
     assert np.array_equal(views[0].truth[3], views[1].truth[3])
+    assert views[1].off_centre.tolist() == [True, True, True, False]
+    assert not views[0].off_centre.any()
+    first = truths.first(2, size=120, grid=GRID)
+    assert np.array_equal(first.images, views[0].images[:2])
+    assert np.array_equal(first.truth, views[0].truth[:2])
 
 
 def test_labels_that_follow_the_image_pass_the_shift_test_and_stripes_of_columns_do_not(painted):
@@ -204,6 +209,51 @@ def test_baselines_stand_on_every_encoder_and_where_it_matters_to_them_on_every_
     assert len(drawn) == 14
     assert "sheet-grid-on-random-deit_tiny_patch16_224-parts-6.png" in drawn
     assert "sheet-kmeans-image-on-random-deit_tiny_patch16_224-block-3-parts-6.png" in drawn
+
+
+def resized(folder: Path, shape: tuple[int, int], *names: str) -> None:
+    """Images and truth of a folder, or of its files with these names, at another width and height."""
+    for path in folder.rglob("*.png"):
+        if not names or path.stem in names:
+            with Image.open(path) as image:
+                image.resize(shape, Image.Resampling.NEAREST).save(path)
+
+
+def test_a_square_image_is_scored_once_and_the_table_says_so(painted, tmp_path, capsys):
+    rows = scored(painted, parts=("grid", "heads"))
+    told = " ".join(capsys.readouterr().out.split())
+    shutil.copytree(painted, tmp_path / "without")
+    for kind in ("images", "labels"):
+        (tmp_path / "without" / kind / "3.png").unlink()
+
+    without = scored(tmp_path / "without", parts=("grid", "heads"))
+
+    assert {(row["view"], row["images"]) for row in rows} == {("centre", 4), ("off centre", 3)}
+    assert f"{painted}, centre, 4 images (1 of them square)" in told
+    assert f"{painted}, off centre, 3 images (1 square ones have no such view)" in told
+    of_all = ("set", "shift_ari", "flip_agreement", "flip_inside")
+    for row, alone in zip(rows, without, strict=True):
+        if row["view"] == "off centre":
+            assert {k: v for k, v in row.items() if k not in of_all} == {k: alone[k] for k in row if k not in of_all}
+
+
+@pytest.mark.parametrize("shape", [(120, 120), (120, 129), (130, 120)])
+def test_where_no_image_has_a_square_a_cell_off_the_centre_there_is_one_view(shape, painted, capsys):
+    resized(painted, shape)
+
+    rows = scored(painted, parts=("grid", "shuffled-heads"))
+
+    assert {(row["view"], row["images"]) for row in rows} == {("centre", 4)}
+    assert len(rows) == 2 + 5
+    assert "off centre" not in capsys.readouterr().out
+
+
+def test_shuffled_labels_of_one_image_that_is_not_square_are_scored(painted):
+    resized(painted, (120, 120), "0", "1", "3")
+
+    rows = scored(painted, parts=("shuffled-heads",))
+
+    assert [(row["view"], row["images"]) for row in rows[:2]] == [("centre", 4), ("off centre", 1)]
 
 
 def test_a_block_that_only_others_read_is_not_looked_at(painted):
