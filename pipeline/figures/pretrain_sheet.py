@@ -11,7 +11,7 @@ from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
 from pretrain.train import build
 from shards.atomic import read_json, write_whole
-from shards.batches import Batch, in_order
+from shards.batches import STORED, Batch, Reader
 from shards.order import permutation
 from shards.shard_set import ShardSet
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -62,9 +62,9 @@ def _config(run: Path) -> PretrainConfig:
 def _pick(shards: ShardSet, seed: int) -> Batch:
     """The first ROWS samples of the seed's order."""
     wanted = np.sort(permutation(len(shards), seed=seed, epoch=0)[:ROWS])
-    pieces = [batch for batch in in_order(shards, batch_size=1) if batch.indices[0] in wanted]
-    names = ("images", "parts", "fgrank", "class_ids", "indices", "epochs")
-    return Batch(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in names), position=0)
+    place = (wanted, np.zeros_like(wanted), 0)
+    (batch,) = Reader(shards, STORED, attention=False, substitutes=0).decoded([place], threads=1, prefetch=0)
+    return batch
 
 
 def _with_holes(images: np.ndarray, masked: Masked, side: int) -> np.ndarray:
