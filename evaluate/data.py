@@ -48,8 +48,10 @@ class Split:
     images: ShardSet | ImageList
     stored: int | None
     """Side of the set's squares, or of those of the set beside which files are read. None: files by themselves."""
-    unreadable: dict[str, Exception] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     """Names of the files that the last pass left out, each with its reason."""
+    lost: list[str] = field(default_factory=list)
+    """Names of those that were out of reach, and not torn."""
 
     def __len__(self) -> int:
         return len(self.images) if isinstance(self.images, ShardSet) else len(self.images.images)
@@ -81,7 +83,7 @@ class Split:
             for batch in in_order(self.images, batch_size=batch_size, threads=threads):
                 yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
             return
-        self.unreadable.clear()
+        self.unreadable, self.lost = {}, []
         listed = self.images.images
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(listed), batch_size):
@@ -94,12 +96,12 @@ class Split:
                     yield LabelledBatch(np.stack([pixels for _, pixels in read]), class_ids, None)
 
     def _leave_out(self, failed: dict[str, Exception]) -> None:
-        self.unreadable |= failed
-        lost = [name for name, error in self.unreadable.items() if isinstance(error, OSError)]
-        if len(lost) > max(10, MOST_LOST * len(self)):
+        self.unreadable |= {name: str(error) for name, error in failed.items()}  # an error would keep the file's bytes
+        self.lost += [name for name, error in failed.items() if isinstance(error, OSError)]
+        if len(self.lost) > max(10, MOST_LOST * len(self)):
             raise OSError(
-                f"{len(lost)} of {len(self)} images in {self.source} are out of reach, the first {lost[0]} "
-                f"({self.unreadable[lost[0]]}); check the storage, then run again"
+                f"{len(self.lost)} of {len(self)} images in {self.source} are out of reach, the first {self.lost[0]} "
+                f"({self.unreadable[self.lost[0]]}); check the storage, then run again"
             )
 
 

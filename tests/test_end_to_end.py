@@ -115,9 +115,12 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
         assert (run / "DONE.json").is_file()
         assert (run / "config.json").is_file()
         assert (run / "metrics.jsonl").read_text().count("\n") >= 1
-    rows = json.loads((tmp_path / "knn.json").read_text()) + json.loads((tmp_path / "probe.json").read_text())
-    assert {row["protocol"] for row in rows} == {"knn", "probe"}
-    assert all(0 <= row["value"] <= 100 for row in rows)
+    knn, probe = (json.loads((tmp_path / f"{protocol}.json").read_text())[0] for protocol in ("knn", "probe"))
+    assert (knn["protocol"], knn["preparation"]) == ("knn", "stored squares")
+    assert (probe["protocol"], probe["preparation"]) == ("probe", "short side x 8/7, centre crop")
+    assert (knn["data_fingerprint"], knn["settings"]["size"]) == (info["fingerprint"], 32)
+    assert knn["value"] in (0, 50, 100)  # of two held-out images
+    assert probe["value"] in [100 * right / 8 for right in range(9)]
 
     again = semmae(*commands[2], folder=tmp_path)
     assert again.returncode == 0
