@@ -144,7 +144,7 @@ def test_the_script_runs_by_its_path_from_any_folder(learned, tmp_path):
     assert built.returncode == 0, built.stderr
     assert json.loads((tmp_path / "shards/dataset.json").read_text())["samples"] == 5
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.endswith("shards: no fault at level deep\n")
+    assert "no fault at level deep" in checked.stdout
 
 
 def test_the_script_finds_the_packages_where_cluster_yaml_puts_them(tmp_path):
