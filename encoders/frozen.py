@@ -27,7 +27,8 @@ class Tokens:
     """Class token, then patches (registers dropped), as the chosen block reads them: after its first norm. Where the
     number of blocks is chosen, as after the final norm."""
     class_attention: Float[Tensor, "batch heads patches"]
-    """The class token's attention in the last block; a row sums to less than 1, the prefix tokens keep the rest."""
+    """The class token's attention in the last block, computed in fp32 in any precision; a row sums to less than 1, the
+    prefix tokens keep the rest."""
 
 
 class Encoder:
@@ -99,7 +100,8 @@ class Encoder:
                 if number == self.block:
                     seen = block.norm1(x)
                 if number == self.depth - 1:
-                    attention = class_attention(block.attn, block.norm1(x), rotation)
+                    with torch.autocast(self.device.type, enabled=False):  # casts what is fp32 back to bf16
+                        attention = class_attention(block.attn, block.norm1(x.float()), rotation)
                 x = block(x) if rotation is None else block(x, rope=rotation)  # timm's plain blocks take no rope
             x = self.model.norm(x)
             if self.block == self.depth:

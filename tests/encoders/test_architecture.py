@@ -179,3 +179,18 @@ def test_a_vit_whose_tokens_mean_something_else_is_refused(name, options):
 
     with pytest.raises(ValueError, match="is no plain ViT of timm"):
         checked(model, name)
+
+
+@pytest.mark.parametrize("name", [REGISTERS, MIXED])
+def test_class_attention_in_bf16_is_exact_to_fp32_on_what_the_last_block_reads(name, files):
+    """An autocast makes bf16 of fp32 factors too: a row then has about a hundred different values."""
+    encoder = load_encoder(files[name], grid=16, precision="bf16")
+    last, seen = encoder.model.blocks[-1], {}
+    last.register_forward_pre_hook(lambda _, inputs, options: seen.update(x=inputs[0], **options), with_kwargs=True)
+
+    attention = encoder(squares(encoder)).class_attention
+
+    prefix, turn = encoder.model.num_prefix_tokens, seen.get("rope")
+    twin = class_attention(last.attn.double(), last.norm1.double()(seen["x"].double()), turn)[:, :, prefix:]
+    assert torch.allclose(attention.double(), twin.double(), rtol=1e-4, atol=0)
+    assert all(len(row.unique()) > 0.95 * 256 for row in attention.flatten(0, 1))
