@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8, UInt16
+from jaxtyping import Bool, Float32, Int64, UInt8, UInt16
 
 from shards.crops import crop_cells, crop_into, reranked, sample_boxes, sample_flips
 from shards.decode import decode_jpeg_into, decode_mirrored_into, memory_for, pixels_in
 from shards.errors import SampleError, ShardError
-from shards.sample import Sample
+from shards.sample import Sample, attention_of
 from shards.shard_set import ShardSet
 
 HOPS = 8
@@ -35,7 +35,16 @@ class Batch:
     position: int
     """Samples that all ranks took before this batch."""
     attn: UInt8[np.ndarray, "batch heads rows cols"] | None = None
-    """Class attention of each head, where the stream was asked for it."""
+    """Class attention of each head as it is stored, where the stream was asked for it."""
+    attn_peak: Float32[np.ndarray, "batch heads"] | None = None
+    """What 255 stands for in each head."""
+
+    @property
+    def attention(self) -> Float32[np.ndarray, "batch heads rows cols"]:
+        """The encoder's class attention, where the stream was asked for it; heads can be compared."""
+        assert self.attn is not None
+        assert self.attn_peak is not None
+        return attention_of(self.attn, self.attn_peak)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,7 @@ class Reader:
             epochs=epochs,
             position=position,
             attn=np.empty((rows, shards.heads, *square), np.uint8) if self.attention else None,
+            attn_peak=np.empty((rows, shards.heads), np.float32) if self.attention else None,
         )
         params = self.augment.sample(epochs, indices, size=shards.size)
         slices = [range(first, rows, threads) for first in range(min(threads, rows))]
@@ -196,6 +206,8 @@ def _place(
         labels["fgrank"] = reranked(labels["fgrank"])
     for name, cells in labels.items():
         getattr(batch, name)[row] = cells[..., ::-1] if flip else cells
+    if batch.attn_peak is not None:
+        batch.attn_peak[row] = sample.attn_peak
     batch.class_ids[row] = sample.class_id
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 
 MEMBERS = ("parts", "fgrank", "attn")
 PIECE = 65_536
@@ -27,10 +27,11 @@ COLUMNS = pa.schema(
         *((f"{member}_offset", pa.uint64()) for member in MEMBERS),
         ("span_end", pa.uint64()),
         *((f"crc32_{member}", pa.uint32()) for member in ("jpg", *MEMBERS)),
+        ("attn_peak", pa.list_(pa.float32())),
     ]
 )
 """Offsets are of a member's first byte in its tar."""
-OF_ATTENTION = ("attn_offset", "crc32_attn")
+OF_ATTENTION = ("attn_offset", "crc32_attn", "attn_peak")
 
 
 class Row(NamedTuple):
@@ -69,7 +70,7 @@ def table_bytes(table: pa.Table) -> bytes:
     Offsets grow by little and checksums are noise, so the first are stored as differences and neither in a dictionary.
     """
     growing = ["jpg_offset", *(f"{member}_offset" for member in MEMBERS), "span_end"]
-    varied = {"key", "source", "jpg_size", *growing, *(f"crc32_{member}" for member in ("jpg", *MEMBERS))}
+    varied = {"key", "source", "jpg_size", "attn_peak", *growing, *(f"crc32_{member}" for member in ("jpg", *MEMBERS))}
     repeated = [name for name in table.column_names if name not in varied]
     packing = {name: "DELTA_BINARY_PACKED" for name in growing if name in table.column_names}
     sink = pa.BufferOutputStream()
@@ -80,7 +81,13 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def merged(tables: Sequence[pa.Table]) -> pa.Table:
-    """The shards' tables as one, with the shard of each row."""
+    """The shards' tables as one, with the shard of each row.
+
+    Heads' peaks only where all shards with class attention have them: one built again among those of a release that
+    stored none must not change the set.
+    """
+    if any("attn_offset" in table.column_names and "attn_peak" not in table.column_names for table in tables):
+        tables = [table.select([name for name in table.column_names if name != "attn_peak"]) for table in tables]
     numbered = [
         table.append_column("shard", pa.array(np.full(table.num_rows, number), pa.uint32()))
         for number, table in enumerate(tables)
@@ -121,6 +128,14 @@ def load_rows(path: Path, *, shard: int | None = None) -> Shaped[np.ndarray, " s
         start += len(piece)
     pa.default_memory_pool().release_unused()
     return rows
+
+
+def load_peaks(path: Path, heads: int) -> Float32[np.ndarray, "samples heads"] | None:
+    """The greatest class attention of each head in each image; None where an earlier release stored none."""
+    if "attn_peak" not in pq.read_schema(path).names:
+        return None
+    peaks = pq.read_table(path, columns=["attn_peak"])["attn_peak"].combine_chunks()
+    return None if peaks.null_count else peaks.flatten().to_numpy().reshape(-1, heads)
 
 
 def read_column(path: Path, name: str) -> list[Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8, UInt16
+from jaxtyping import Float32, UInt8, UInt16
 
 from shards.decode import Box
 from shards.errors import ShardError
@@ -32,7 +32,9 @@ class LabelledImage:
     box: Box
     """The crop in source pixels: x0, y0, x1, y1."""
     attn: UInt8[np.ndarray, "heads rows cols"] | None = None
-    """Class attention of each head, 255 = the most attended cell."""
+    """Class attention of each head, 255 = its most attended cell."""
+    attn_peak: Float32[np.ndarray, " heads"] | None = None
+    """What each head attends to its most attended cell, as a share of all the class token attends to."""
     confidence: int = 255
     """That there is an object, in hundredths from 0 to 200; 255 = nobody asked."""
 
@@ -60,6 +62,8 @@ class Sample(NamedTuple):
     class_id: int
     attn: np.ndarray | None
     """uint8 [heads, rows, cols], where it was asked for"""
+    attn_peak: np.ndarray | None
+    """float32 [heads], where it was asked for and is stored"""
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -72,6 +76,22 @@ def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The only header our members have, so that reading compares bytes instead of parsing."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
     return MAGIC + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11).encode() + b"\n"
+
+
+def attention_of(
+    attn: UInt8[np.ndarray, "*batch heads rows cols"], peaks: Float32[np.ndarray, "*batch heads"]
+) -> Float32[np.ndarray, "*batch heads rows cols"]:
+    """The encoder's class attention, from its bytes and its heads' peaks, to half a 255th of the peak:
+    byte · peak / 255. Heads can be compared, and their mean is the encoder's."""
+    return attn * (peaks / np.float32(255))[..., None, None]
+
+
+def check_attention(attn: np.ndarray, peaks: np.ndarray, *, name: str) -> None:
+    """Every head's peak is a share, and its most attended cell has all of it; ShardError naming `name` otherwise."""
+    if not ((peaks >= 0) & (peaks <= 1)).all():
+        raise ShardError(f"{name} has a head whose attention peaks at {peaks}, expected shares between 0 and 1")
+    if (attn.max(axis=(1, 2)) != np.where(peaks > 0, 255, 0)).any():
+        raise ShardError(f"{name} has a head whose most attended cell is not the 255 that its peak stands for")
 
 
 def check_labels(parts: np.ndarray, fgrank: np.ndarray, *, groups: int, name: str) -> None:

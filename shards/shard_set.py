@@ -5,16 +5,18 @@ import os
 import threading
 import zlib
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
 from shards import storage
 from shards.atomic import sha256_file
 from shards.cache import Cache
 from shards.errors import SampleError, ShardError
-from shards.index import Row, load_rows, read_column
+from shards.index import Row, load_peaks, load_rows, read_column
 from shards.info import read_info
 from shards.sample import HEADER, Sample, npy_header
 from shards.writer import shard_paths
@@ -23,7 +25,6 @@ MOST_OPEN = 256
 """Tars kept open; a process may usually open 1,024 files, and a set may have more shards than that."""
 TRIES = 10
 AGAIN = "run `verify --repair` on the set"
-OTHER_BYTES = "is damaged: its checksum differs"
 PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
 
 
@@ -121,6 +122,14 @@ class ShardSet:
     def sources(self) -> list[str]:
         return read_column(self.path / "index.parquet", "source")
 
+    @cached_property
+    def peaks(self) -> Float32[np.ndarray, "samples heads"] | None:
+        """The greatest class attention of each head in each image; None without class attention, or where an earlier
+        release stored it without."""
+        if self.labels:
+            return self.labels.peaks
+        return load_peaks(self.path / "index.parquet", self.heads) if self.heads else None
+
     def row(self, index: int) -> Row:
         """What the index says of sample `index`."""
         return Row(*self._rows[index].item())
@@ -141,7 +150,9 @@ class ShardSet:
         jpeg = span[: row.jpg_size]
         if zlib.crc32(jpeg) != row.crc32_jpg:
             raise self._damaged(row, "jpg", 0)
-        return Sample(index, f"{row.key:08d}", jpeg, parts, fgrank, row.class_id, attn)
+        peaks = self.peaks if attention else None
+        peak = None if peaks is None else peaks[index]
+        return Sample(index, f"{row.key:08d}", jpeg, parts, fgrank, row.class_id, attn, peak)
 
     def read_labels(self, index: int, *, attention: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Parts, ranks and perhaps class attention of sample `index`, without its image."""
@@ -188,6 +199,20 @@ class ShardSet:
         if "labels_of" in self.info:
             raise ValueError(
                 f"{self.path} holds labels alone; name the shard set that they were made for, and them as its labels"
+            )
+
+    def refuse_no_attention(self) -> None:
+        """Raises ValueError where no class attention is stored, or none whose heads can be compared."""
+        labels = self.labels or self
+        told = labels.info.get("producer", {}).get("config", {})
+        same = "".join(f" --{name} {told[name]}" for name in ("parts", "encoder") if told.get(name))
+        way = f"make it with `semmae extract --relabel {self.path}{same} --attention --out DIR` and take --labels DIR"
+        if not self.heads:
+            raise ValueError(f"the labels of {labels.path} hold no class attention; {way}")
+        if self.peaks is None:
+            raise ValueError(
+                f"the class attention of {labels.path} was stored by an earlier release, without its heads' peaks, and "
+                f"its heads cannot be compared; {way}"
             )
 
     def refuse_missing(self) -> None:

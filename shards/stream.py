@@ -57,8 +57,8 @@ class Stream:
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; choose a multiple")
-        if attention and not shards.heads:
-            raise ValueError(f"the labels of {shards.path} hold no class attention; extract them with --attention")
+        if attention:
+            shards.refuse_no_attention()
         assert_decoders_agree()
         shards.refuse_labels_alone()
         shards.refuse_missing()

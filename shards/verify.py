@@ -16,7 +16,7 @@ from shards.errors import SampleError, ShardError
 from shards.index import load_rows
 from shards.info import changed_fields, is_named, read_info
 from shards.record import told_by_others
-from shards.sample import HEADER, check_labels
+from shards.sample import HEADER, check_attention, check_labels
 from shards.shard_set import OpenFile, ShardSet
 from shards.writer import BLOCK, header_of, shard_paths
 
@@ -191,6 +191,8 @@ def _samples(shards: ShardSet, number: int) -> Iterator[Fault]:
         try:
             sample = shards.read(index, attention=shards.heads > 0)
             check_labels(sample.parts, sample.fgrank, groups=shards.groups, name=sample.key)
+            if sample.attn is not None and sample.attn_peak is not None:
+                check_attention(sample.attn, sample.attn_peak, name=sample.key)
             if sample.jpeg:
                 decode_jpeg_into(sample.jpeg, pixels)
         except SampleError as error:

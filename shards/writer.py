@@ -114,6 +114,7 @@ def _write_sample(writer: _TarWriter, sample: LabelledImage, groups: int) -> dic
         "jpg_offset": 0,
         "jpg_size": len(sample.jpeg),
         "crc32_jpg": zlib.crc32(sample.jpeg),
+        "attn_peak": None if sample.attn_peak is None else sample.attn_peak.tolist(),
     }
     if sample.jpeg:
         row["jpg_offset"] = writer.add(f"{sample.key}.jpg", sample.jpeg)

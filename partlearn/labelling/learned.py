@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from encoders.frozen import CPU, Encoder, Tokens
 from encoders.load import load_encoder
@@ -90,16 +91,23 @@ class TokenLabeller:
         parts, rank = self.learner.label(tokens)
         labelled = self.learner.labelled(tokens) if isinstance(self.learner, Baseline) else tokens
         shape = (len(parts), self.grid, self.grid)
-        attn = None
+        attn = peaks = None
         if self.attention:
-            share = tokens.class_attention / tokens.class_attention.amax(dim=-1, keepdim=True)
-            attn = (255 * share).round().byte().cpu().numpy().reshape(len(parts), -1, self.grid, self.grid)
+            peaks = tokens.class_attention.amax(dim=-1).cpu().numpy()
+            attn = attention_bytes(tokens.class_attention).cpu().numpy().reshape(len(parts), -1, self.grid, self.grid)
         return Labels(
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),
             attn,
+            peaks,
             (100 * confidence(labelled.patch_tokens, rank)).round().byte().cpu().numpy(),
         )
+
+
+def attention_bytes(attention: Float[Tensor, "batch heads patches"]) -> UInt8[Tensor, "batch heads patches"]:
+    """Each head's attention as a share of its peak, 255 = all of it; 0 where it attends to nothing."""
+    peaks = attention.amax(dim=-1, keepdim=True)
+    return (255 * (attention / peaks.masked_fill(peaks == 0, 1))).round().byte()
 
 
 def open_token_labeller(

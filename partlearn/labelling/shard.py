@@ -97,5 +97,6 @@ def _label(batch: list[Stored], labeller: Labeller) -> Iterator[LabelledImage]:
             src_height=stored.source_size[1],
             box=stored.box,
             attn=None if labels.attn is None else labels.attn[place],
+            attn_peak=None if labels.attn_peak is None else labels.attn_peak[place],
             confidence=int(labels.confidence[place]),
         )

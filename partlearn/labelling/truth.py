@@ -74,6 +74,7 @@ class TruthLabeller:
             np.where(outside, self.parts, cells - 1).astype(np.uint8),
             np.stack([depth_rank(~one) for one in outside]),
             None,
+            None,
             np.full(len(batch), 255, np.uint8),
         )
 

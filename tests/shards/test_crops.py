@@ -48,7 +48,9 @@ def painted(what: str, number: int) -> LabelledImage:
     grey = PART_STEP * parts if what == "parts" else RANK_STEP * fgrank
     attn = np.stack([PART_STEP * parts, 255 - PART_STEP * parts])
     box = (0.0, 0.0, float(SIZE), float(SIZE))
-    return LabelledImage(f"{number:08d}", f"{number}.jpg", -1, jpeg_of(grey), parts, fgrank, SIZE, SIZE, box, attn)
+    peaks = np.array([0.25, number / COUNT], np.float32)
+    members = (parts, fgrank, SIZE, SIZE, box, attn, peaks)
+    return LabelledImage(f"{number:08d}", f"{number}.jpg", -1, jpeg_of(grey), *members)
 
 
 @pytest.fixture(scope="module", params=["parts", "ranks"])
@@ -128,6 +130,7 @@ def test_s7_a_label_cell_covers_what_it_covered_before(flip, crop_scale, painted
         assert (np.sort(batch.fgrank.reshape(COUNT, -1)) == np.arange(GRID**2)).all()
         assert np.array_equal(batch.attn[:, 0], PART_STEP * batch.parts)
         assert np.array_equal(batch.attn[:, 1], 255 - PART_STEP * batch.parts)
+        assert batch.attn_peak.tolist() == [[0.25, np.float32(index / COUNT)] for index in batch.indices]
     assert seen > 0.2 * len(taken) * COUNT * GRID**2
 
 
