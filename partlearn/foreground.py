@@ -1,13 +1,16 @@
 """Which cells are the object: scorers of foreground, and the rank that is stored."""
 
+import zlib
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.frozen import Tokens
+from shards.rng import TIES, uniform
 
 Scorer = Literal["contrast", "border", "component", "cut", "attention"]
 LINKED = 0.2
@@ -82,9 +85,34 @@ def border_cells(side: int) -> Int64[Tensor, " cells"]:
     return edge.flatten().nonzero().squeeze(1)
 
 
-def foreground_rank(score: Float[Tensor, "batch patches"]) -> Int64[Tensor, "batch patches"]:
-    """0 for the cell most likely foreground, up to patches - 1; equal scores go by index."""
-    order = score.argsort(dim=1, descending=True, stable=True)
+def tie_noise(tokens: Tokens, draws: int) -> Float[Tensor, "batch draws"]:
+    """Numbers in [0, 1) that tell equal attention apart, keyed by the bits of an image's class token: by index, ties
+    would always be in favour of the top left."""
+    rows = tokens.class_token.float().cpu().numpy()
+    keys = np.array([zlib.crc32(row.tobytes()) for row in rows], np.int64)
+    return torch.from_numpy(uniform(0, np.zeros_like(keys), keys, TIES, draws)).to(tokens.class_token.device)
+
+
+def ties_of(tokens: Tokens, scorer: Scorer | Literal["maps"]) -> Float[Tensor, "batch patches"] | None:
+    """What `foreground_rank` and `object_cells` need to rank by `scorer`: noise where that is attention."""
+    return tie_noise(tokens, tokens.patch_tokens.shape[1]) if scorer == "attention" else None
+
+
+def falling(
+    values: Float[Tensor, "*rows patches"], noise: Float[Tensor, "*rows patches"] | None = None
+) -> Int64[Tensor, "*rows patches"]:
+    """Indices from the greatest value down; of equals the one of the lowest noise first, or of the lowest index."""
+    if noise is None:
+        return values.argsort(dim=-1, descending=True, stable=True)
+    shuffled = noise.argsort(dim=-1, stable=True)
+    return shuffled.gather(-1, falling(values.gather(-1, shuffled)))
+
+
+def foreground_rank(
+    score: Float[Tensor, "batch patches"], noise: Float[Tensor, "batch patches"] | None = None
+) -> Int64[Tensor, "batch patches"]:
+    """0 for the cell most likely foreground, up to patches - 1; equal scores go by `noise`, without it by index."""
+    order = falling(score, noise)
     ranks = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, ranks)
 
@@ -94,9 +122,11 @@ def inside(rank: Int64[Tensor, "batch patches"], share: float) -> Bool[Tensor, "
     return rank < max(1, round(share * rank.shape[1]))
 
 
-def object_cells(score: Float[Tensor, "batch patches"], share: float | None) -> Bool[Tensor, "batch patches"]:
+def object_cells(
+    score: Float[Tensor, "batch patches"], share: float | None, noise: Float[Tensor, "batch patches"] | None = None
+) -> Bool[Tensor, "batch patches"]:
     """The object: the best `share` of the cells, or, without one, those above the image's own threshold (`otsu`)."""
-    rank = foreground_rank(score)
+    rank = foreground_rank(score, noise)
     return rank < otsu(score)[:, None] if share is None else inside(rank, share)
 
 

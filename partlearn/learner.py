@@ -16,7 +16,7 @@ from encoders.whitening import centred_tokens
 from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
 from partlearn.decoder import ImageDecoder, blur
 from partlearn.diffusion import diffused
-from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
+from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells, ties_of
 from training.checkpoint import CheckpointError, find, load_tensors
 
 
@@ -74,7 +74,7 @@ class PartLearner(nn.Module):
         """The cells parts are learned on."""
         if self.shape.where == "everywhere":
             return torch.ones(tokens.patch_tokens.shape[:2], dtype=torch.bool, device=tokens.patch_tokens.device)
-        return self._object(self._score(tokens))
+        return self._object(self._score(tokens), ties_of(tokens, self.shape.foreground))
 
     def read(
         self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]
@@ -98,17 +98,21 @@ class PartLearner(nn.Module):
         """Part of each cell (argmax of unblurred maps, ties to the lower part; the background last) and its rank
         in foreground."""
         score = None if self.shape.foreground == "maps" else self._score(tokens)
-        cells = self.learned_cells(tokens) if self.shape.where == "everywhere" or score is None else self._object(score)
+        noise = ties_of(tokens, self.shape.foreground)
+        everywhere = self.shape.where == "everywhere" or score is None
+        cells = self.learned_cells(tokens) if everywhere else self._object(score, noise)
         logits, _ = self.read(tokens, cells)
         parts = balanced(logits, self.shape.softmax, cells).argmax(dim=1)
         if score is None:
             score = self._of_maps(part_maps(logits, self.shape.softmax, cells))
         if self.shape.background:
-            parts = parts.masked_fill(~self._object(score), self.shape.parts)
-        return parts, foreground_rank(score)
+            parts = parts.masked_fill(~self._object(score, noise), self.shape.parts)
+        return parts, foreground_rank(score, noise)
 
-    def _object(self, score: Float[Tensor, "batch patches"]) -> Bool[Tensor, "batch patches"]:
-        return object_cells(score, self.shape.foreground_share)
+    def _object(
+        self, score: Float[Tensor, "batch patches"], noise: Float[Tensor, "batch patches"] | None
+    ) -> Bool[Tensor, "batch patches"]:
+        return object_cells(score, self.shape.foreground_share, noise)
 
     def _score(self, tokens: Tokens) -> Float[Tensor, "batch patches"]:
         if self.shape.foreground == "maps":

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS = range(7)  # purposes: never renumber, draws depend on them
+ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS, TIES = range(8)  # purposes: never renumber, draws depend on them
 
 
 def uniform(

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 
 from encoders.frozen import Encoder, Tokens
 from encoders.whitening import centred_tokens
-from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells
+from partlearn.foreground import (
+    Scorer,
+    falling,
+    foreground_rank,
+    foreground_score,
+    object_cells,
+    tie_noise,
+    ties_of,
+)
 from partlearn.kmeans import spherical_kmeans
 from shards.atomic import sha256_json
 
@@ -109,11 +117,11 @@ class Baseline:
             ValueError: A shuffled baseline was given one image alone.
         """
         tokens = self.labelled(tokens)
-        score = foreground_score(tokens, self.foreground)
-        rank = foreground_rank(score)
+        score, noise = foreground_score(tokens, self.foreground), ties_of(tokens, self.foreground)
+        rank = foreground_rank(score, noise)
         if self.name == "heads-mass":
-            return heads_by_mass(tokens.class_attention), rank
-        cells = object_cells(score, self.foreground_share)
+            return heads_by_mass(tokens.class_attention, _noise_of_heads(tokens)), rank
+        cells = object_cells(score, self.foreground_share, noise)
         return self._inside(tokens, rank, cells).masked_fill(~cells, self.shape.parts), rank
 
     def _inside(
@@ -122,7 +130,7 @@ class Baseline:
         grid, parts = self.shape.grid, self.shape.parts
         rule = self.name.removeprefix("shuffled-")
         if rule == "heads":
-            return tokens.class_attention.argmax(dim=1)
+            return greatest(tokens.class_attention, _noise_of_heads(tokens))
         if rule == "kmeans-image":
             relative = F.normalize(centred_tokens(tokens.block_tokens[:, 1:], cells), dim=-1).cpu()
             return torch.stack(
@@ -148,18 +156,37 @@ def rectangles(parts: int, columns: int, grid: int) -> Int64[Tensor, "rows cols"
     return (ends - counts)[column] + cells[:, None] * counts[column] // grid
 
 
-def heads_by_mass(attention: Float[Tensor, "batch heads patches"]) -> Int64[Tensor, "batch patches"]:
+def greatest(
+    attention: Float[Tensor, "batch heads patches"], noise: Float[Tensor, "batch heads patches"]
+) -> Int64[Tensor, "batch patches"]:
+    """The head that attends most to each cell; of equals that of the greatest noise."""
+    return noise.masked_fill(attention < attention.amax(dim=1, keepdim=True), -1.0).argmax(dim=1)
+
+
+def heads_by_mass(
+    attention: Float[Tensor, "batch heads patches"], noise: Float[Tensor, "batch heads patches"]
+) -> Int64[Tensor, "batch patches"]:
     """The head that attends most to a cell among those whose cells it belongs to; `heads` where there is none."""
-    kept = holding(attention, MASS)
-    most = attention.masked_fill(~kept, -torch.inf).argmax(dim=1)
+    kept = holding(attention, MASS, noise)
+    most = greatest(attention.masked_fill(~kept, -torch.inf), noise)
     return most.masked_fill(~kept.any(dim=1), attention.shape[1])
 
 
-def holding(mass: Float[Tensor, "*rows patches"], share: float) -> Bool[Tensor, "*rows patches"]:
-    """The fewest cells of a row that hold at least `share` of its sum, the heaviest first; of equals the first."""
-    ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+def holding(
+    mass: Float[Tensor, "*rows patches"], share: float, noise: Float[Tensor, "*rows patches"]
+) -> Bool[Tensor, "*rows patches"]:
+    """The fewest cells of a row that hold at least `share` of its sum, the heaviest first; of equals that of the lowest
+    noise."""
+    order = falling(mass, noise)
+    ordered = mass.gather(-1, order)
     before = ordered.cumsum(dim=-1) - ordered
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, before < share * mass.sum(-1, keepdim=True))
+
+
+def _noise_of_heads(tokens: Tokens) -> Float[Tensor, "batch heads patches"]:
+    """Further draws than those that rank the cells: else the cells that are first would all go to the same heads."""
+    heads, patches = tokens.class_attention.shape[1:]
+    return tie_noise(tokens, (1 + heads) * patches)[:, patches:].unflatten(1, (heads, patches))
 
 
 def _clusters(tokens: Tensor, chosen: Tensor, parts: int) -> Tensor:

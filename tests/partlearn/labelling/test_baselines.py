@@ -69,18 +69,21 @@ def test_heads_are_the_heads_that_attend_most(encoder, tokens):
 
     inside = parts < encoder.heads
     assert baseline.shape.parts == encoder.heads
+    assert len(parts[inside].unique()) == encoder.heads
     assert torch.equal(parts[inside], tokens.class_attention.argmax(dim=1)[inside])
 
 
 def test_heads_by_mass_of_five_cells_by_hand():
     """Two cells hold .6 of the first head's 1.0, two hold .6 of the second's .4; both keep cell 1."""
     attention = torch.tensor([[[0.5, 0.25, 0.125, 0.125, 0.0], [0.05, 0.15, 0.05, 0.05, 0.10]]])
+    noise = torch.rand(1, 2, 5)
 
-    kept = holding(attention, 0.6)
+    kept = holding(attention, 0.6, noise)
 
     assert kept.tolist() == [[[True, True, False, False, False], [False, True, False, False, True]]]
-    assert heads_by_mass(attention).tolist() == [[0, 0, 2, 2, 1]]
-    assert holding(torch.tensor([0.25, 0.5, 0.25, 0.25]), 0.6).tolist() == [True, True, False, False]
+    assert heads_by_mass(attention, noise).tolist() == [[0, 0, 2, 2, 1]]
+    equals = torch.tensor([0.25, 0.5, 0.25, 0.25])
+    assert holding(equals, 0.6, torch.tensor([0.3, 0.9, 0.2, 0.4])).tolist() == [False, True, True, False]
 
 
 def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
@@ -88,7 +91,7 @@ def test_the_background_of_heads_by_mass_is_what_no_head_keeps(encoder, tokens):
 
     parts, rank = baseline.label(tokens)
 
-    kept = holding(tokens.class_attention, 0.6)
+    kept = holding(tokens.class_attention, 0.6, torch.zeros_like(tokens.class_attention))
     heads = tokens.class_attention.argmax(dim=1)
     assert baseline.shape.parts == encoder.heads
     assert torch.equal(parts == encoder.heads, ~kept.any(dim=1))
