@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from partlearn.config import ExtractConfig
 from partlearn.labelling.protocol import Labeller, folder_of, open_labeller
 from partlearn.labelling.shard import Builder
 from partlearn.labelling.sources import FromImages, Source, open_source
-from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray
-from shards.atomic import read_json
+from pipeline.cluster.pool import ATTEMPTS, Outcome, build_on_ray, on_a_worker
+from shards.atomic import read_json, sha256_json
 from shards.build import finalise, open_plan, shard_done
 from shards.errors import ShardError
 from shards.places import lock_of, only_to_be_read, refuse_unwritable
 from shards.writer import shard_paths
+from training.device import computed_here, devices_here
 from training.progress import Progress
 from training.run_folder import as_json, git_state, package_versions
 
@@ -30,15 +32,17 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
     """Label every image of `config.images` into the shard set `config.run.out`, and return its dataset.json.
 
     With `config.relabel`, a label set over the images of that shard set. Every shard owns a fixed slice of the
-    inputs and is committed whole; a rerun builds what is missing and touches nothing else. On Ray a shard that fails is
-    tried three times and the others are built all the same; in this process its error ends the build at once.
+    inputs and is committed whole; a rerun builds what is missing and touches nothing else. All labels are computed on
+    one type of device and in one precision; `auto` is what a worker finds, or what a whole set was made with. On Ray a
+    shard that fails is tried three times and the others are built all the same; in this process its error ends the
+    build at once.
 
     Args:
         faulty: Files of the set that are not as they were written; they and the shards they belong to are made again.
 
     Raises:
-        ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights; or
-            it cannot be written, and the set is not finished.
+        ValueError: The folder was started with other settings, inputs (their place, names or classes) or weights, or on
+            another type of device or in another precision and is not whole; or it cannot be written.
         ShardError: Shards failed, too many images are unreadable, or another process builds in this folder.
     """
     folder = Path(config.run.out)
@@ -53,22 +57,58 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
     )
-    labeller = open_labeller(config, source)
+    on_ray = config.backend == "ray"
+    labeller = open_labeller(_computing(config, {"device": "cpu"}) if on_ray else config, source)  # there workers label
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with nullcontext() if finished else lock_of(folder):
-            plan_digest = open_plan(folder, _plan(config, source, labeller))
-            if config.retry_failed:
-                _forget_rejects(folder, len(source.shard_sizes))
-            _forget_faulty(folder, faulty)
-            _build_missing(config, folder, source, labeller, plan_digest)
-            return _finish(config, folder, source, labeller, plan_digest)
+            taken_back = _rejecting(folder, len(source.shard_sizes)) if config.retry_failed else []
+            taken_back += [int(Path(name).stem) for name in faulty if Path(name).stem.isdigit()]
+            whole = not taken_back and _whole(folder, len(source.shard_sizes))
+            computed = _computed(config, folder, labeller, whole=whole)
+            plan_digest = open_plan(folder, _plan(config, source, labeller) | computed)
+            _take_back(folder, taken_back, faulty)
+            _build_missing(_computing(config, computed), folder, source, labeller, plan_digest)
+            return _finish(config, folder, source, labeller, plan_digest, computed)
     except Timeout:
         raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
 
 
+def _computing(config: ExtractConfig, computed: dict[str, Any]) -> ExtractConfig:
+    """The same extraction on another device, or in another precision."""
+    return replace(config, run=replace(config.run, **computed))
+
+
+def _computed(config: ExtractConfig, folder: Path, labeller: Labeller, *, whole: bool) -> dict[str, str]:
+    """Device type and precision of all labels; nothing for those that depend on neither.
+
+    What is asked for. `auto` is what a whole set was made with; else what is found where labels are computed.
+    """
+    asked = {name: getattr(config.run, name) for name in labeller.computed}
+    if "auto" not in asked.values():
+        return asked
+    if whole:
+        labels = read_json(folder / "dataset.json").get("producer", {}).get("labels", {})  # plans of 0.1.0 do not say
+        found = labeller.computed | labels | read_json(folder / "plan.json")
+    elif config.backend == "ray":
+        found = on_a_worker(
+            computed_here, config.run.device, config.run.precision, gpus_per_worker=config.gpus_per_worker
+        )
+    else:
+        found = labeller.computed
+    return {name: found[name] if value == "auto" else value for name, value in asked.items()}
+
+
+def _whole(folder: Path, count: int) -> bool:
+    """Whether nothing of a set is left to compute."""
+    if not ((folder / "dataset.json").is_file() and (folder / "plan.json").is_file()):
+        return False
+    digest = sha256_json(read_json(folder / "plan.json"))
+    return all(shard_done(folder, number, digest) for number in range(count))
+
+
 def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str, Any]:
-    """What decides the bytes of every shard; a folder takes one plan for life."""
+    """What decides the bytes of every shard, with what labels are computed with; a folder takes one plan for life."""
     images = {
         "samples_per_shard": config.samples_per_shard,
         "size": config.size,
@@ -88,20 +128,21 @@ def _plan(config: ExtractConfig, source: Source, labeller: Labeller) -> dict[str
     }
 
 
-def _forget_rejects(folder: Path, count: int) -> None:
-    """Take back the shards that rejected images, so that they are built once more."""
-    for number in range(count):
-        sidecar = shard_paths(folder, number)[2]
-        if sidecar.is_file() and read_json(sidecar)["rejected"]:
-            (folder / "dataset.json").unlink(missing_ok=True)
-            sidecar.unlink()
+def _rejecting(folder: Path, count: int) -> list[int]:
+    """The shards that rejected images."""
+    sidecars = ((number, shard_paths(folder, number)[2]) for number in range(count))
+    return [number for number, sidecar in sidecars if sidecar.is_file() and read_json(sidecar)["rejected"]]
 
 
-def _forget_faulty(folder: Path, names: Collection[str]) -> None:
-    """Take back the shards that these files belong to, and what belongs to none."""
-    for name in names:
-        stem = Path(name).stem
-        (shard_paths(folder, int(stem))[2] if stem.isdigit() else folder / name).unlink(missing_ok=True)
+def _take_back(folder: Path, numbers: Collection[int], faulty: Collection[str]) -> None:
+    """Have these shards built once more, and the faulty files that belong to no shard written again."""
+    if numbers and not faulty:
+        (folder / "dataset.json").unlink(missing_ok=True)
+    for number in numbers:
+        shard_paths(folder, number)[2].unlink(missing_ok=True)
+    for name in faulty:
+        if not Path(name).stem.isdigit():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> None:
@@ -132,7 +173,12 @@ def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller
 
 
 def _finish(
-    config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str
+    config: ExtractConfig,
+    folder: Path,
+    source: Source,
+    labeller: Labeller,
+    plan_digest: str,
+    computed: dict[str, str],
 ) -> dict[str, Any]:
     """dataset.json, with everything that is needed to build the set again."""
     info: dict[str, Any] = {
@@ -143,7 +189,7 @@ def _finish(
         "inputs": source.inputs,
         "producer": {
             "config": {name: value for name, value in as_json(config).items() if name not in HOW},
-            "labels": labeller.describe(),
+            "labels": labeller.describe() | computed,
             "versions": package_versions(),
             "git": git_state(),
         },
@@ -210,5 +256,12 @@ class OnActor(Builder):
     """A builder alone in its process: torch takes the threads it is given."""
 
     def __init__(self, config: ExtractConfig, plan_digest: str, labeller: Labeller | None):
+        """Raises ValueError where a labeller must be opened, and the device that the plan names is not here."""
+        if labeller is None and config.run.device not in devices_here():
+            raise ValueError(
+                f"the labels in {config.run.out} are computed with --device {config.run.device} --precision "
+                f"{config.run.precision}, and a worker has {', '.join(devices_here())} alone; give Ray nodes that have "
+                f"{config.run.device}, or choose another --out and --device"
+            )
         torch.set_num_threads(max(1, config.run.threads))
         super().__init__(config, plan_digest, labeller)

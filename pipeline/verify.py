@@ -81,6 +81,8 @@ def repair(folder: Path, faults: list[Fault]) -> None:
 
 def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
     """The extraction that made a set, to be run again in this process."""
+    from training.device import devices_here
+
     told = dict(info["producer"]["config"])
     for name in ("parts", "relabel"):
         if told[name] is not None:
@@ -90,5 +92,8 @@ def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
             told[name] = tuple(told[name])
     if folder_of(told["parts"]) or str(told["parts"]) in (TRUTH, "builtin"):
         told["num_parts"] = None  # older sets recorded the 6 that nobody had asked for
-    precision = info["producer"]["labels"].get("precision", "auto")  # on any device: labels may come out the same
-    return ExtractConfig(**told | {"backend": "local"}, run=RunConfig(out=folder, precision=precision))
+    labels = info["producer"]["labels"]
+    device: Any = labels.get("device", "auto")
+    device = device if device in devices_here() else "auto"  # enough where no label has to be computed
+    run = RunConfig(out=folder, device=device, precision=labels.get("precision", "auto"))
+    return ExtractConfig(**told | {"backend": "local"}, run=run)

@@ -12,30 +12,29 @@ from shards.index import merged, table_bytes
 from shards.info import FORMAT, VERSION, changed_fields, digests, fingerprint, is_named
 from shards.writer import shard_paths
 
+COMPUTED = ("device", "precision")
+"""Fields of a plan, and of sidecars, that say what labels are computed with. Plans of 0.1.0 lack them."""
 REJECTED = pa.schema([("source", pa.string()), ("ordinal", pa.int64()), ("step", pa.string()), ("reason", pa.string())])
 
 
 def open_plan(folder: Path, plan: dict[str, Any]) -> str:
     """Write plan.json at the first call, compare with it once a shard is there; returns the plan's digest.
 
+    A plan of 0.1.0 does not say what labels are computed with; where the set is whole, its dataset.json does.
+
     Raises:
         ValueError: The folder was started with another plan, or holds something else.
     """
     path = folder / "plan.json"
     if path.is_file():
-        theirs = read_json(path)
-        differing = [
-            _in_words(name, theirs.get(name), plan.get(name))
-            for name in sorted(set(plan) | set(theirs))
-            if theirs.get(name) != plan.get(name)
-        ]
-        if differing and any((folder / "shards").glob("*.tar")):
-            raise ValueError(
-                f"{folder} was started with other settings ({'; '.join(differing)}); "
-                "choose another --out or the old settings"
-            )
-        if differing:  # nothing was built: the first try was refused, or ran out of memory
-            write_json(path, plan)
+        kept = read_json(path)
+        theirs = kept | _computed_by_earlier(folder, kept, plan)
+        differing = [name for name in sorted(set(plan) | set(theirs)) if theirs.get(name) != plan.get(name)]
+        if not differing:
+            return sha256_json(kept)
+        if any((folder / "shards").glob("*.tar")):
+            raise ValueError(_refusal(folder, theirs, plan, differing))
+        write_json(path, plan)  # nothing was built: the first try was refused, or ran out of memory
     elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"{folder} is neither empty nor a shard set (no plan.json); choose another --out")
     else:
@@ -57,6 +56,31 @@ WORDS = {
 def _in_words(name: str, then: Any, now: Any) -> str:
     said = WORDS.get(name, "--" + name.replace("_", "-"))
     return said if name.endswith("_sha256") else f"{said} was {then!r}, now {now!r}"
+
+
+def _computed_by_earlier(folder: Path, kept: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """What a whole set of 0.1.0 says, in dataset.json alone, that its labels were computed with."""
+    if set(COMPUTED) & set(kept) or not set(COMPUTED) <= set(plan) or not (folder / "dataset.json").is_file():
+        return {}
+    labels = read_json(folder / "dataset.json").get("producer", {}).get("labels", {})
+    return {name: labels[name] for name in COMPUTED if name in labels}
+
+
+def _refusal(folder: Path, theirs: dict[str, Any], plan: dict[str, Any], differing: list[str]) -> str:
+    """Which fields differ, and the way out."""
+    if not set(differing) <= set(COMPUTED):
+        told = "; ".join(_in_words(name, theirs.get(name), plan.get(name)) for name in differing)
+        return f"{folder} was started with other settings ({told}); choose another --out or the old settings"
+    then, now = (" ".join(f"--{name} {one.get(name)}" for name in COMPUTED) for one in (theirs, plan))
+    if not set(COMPUTED) & set(theirs):
+        return (
+            f"{folder} was started by a release that did not keep on which device and in which precision labels are "
+            f"computed, so it cannot go on with {now}; choose another --out"
+        )
+    return (
+        f"the labels in {folder} were computed with {then}, now it would be {now}, and one set has labels of one kind; "
+        f"pass {then} (on a machine that has it), or choose another --out"
+    )
 
 
 def shard_done(folder: Path, number: int, plan_digest: str) -> bool:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import json_bytes, read_json, sha256_bytes, sha256_file, sha256_json, write_whole
-from shards.build import rejected_bytes
+from shards.build import COMPUTED, rejected_bytes
 from shards.index import merged, rows_of_shard, table_bytes
 from shards.info import FORMAT, NAMED, OF_SOME, VERSION, changed_fields, fingerprint, is_named
 from shards.writer import shard_paths
@@ -35,6 +35,7 @@ def told_by_others(folder: Path, info: dict[str, Any]) -> Iterator[tuple[Path, b
             "tar": {"bytes": told["bytes"], "sha256": told["sha256"]},
             "index": {"bytes": len(contents), "sha256": sha256_bytes(contents)},
             "rejected": [one for one in rejected if one["ordinal"] in ordinals],
+            **{name: info["plan"][name] for name in COMPUTED if name in info["plan"]},
         }
         yield index, contents
         yield sidecar, json_bytes(written)

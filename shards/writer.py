@@ -31,11 +31,13 @@ def write_shard(
     groups: int,
     plan_digest: str,
     rejected: list[Rejected],
+    computed: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Commit one shard and return its sidecar, which is written last: with it, the shard is done.
 
     `rejected` is read after `samples` is used up, so that the generator of samples may fill it. Two writers of the
-    same shard write the same bytes; the later rename wins and changes nothing.
+    same shard write the same bytes; the later rename wins and changes nothing. `computed` goes into the sidecar: device
+    type and precision of the labels.
 
     Raises:
         ShardError: A sample's labels are out of range, or its ranks no permutation.
@@ -61,6 +63,7 @@ def write_shard(
     write_whole(index, table)
     committed = {
         "plan": plan_digest,
+        **(computed or {}),
         "samples": len(rows),
         "tar": {"bytes": writer.offset, "sha256": writer.digest.hexdigest()},
         "index": {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()},

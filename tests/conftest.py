@@ -37,7 +37,7 @@ SLOW = {
     "evaluate": ("test_kept", "test_rows"),
     "evaluate/parts": ("test_score",),
     "partlearn": ("test_decoder", "test_oracle", "test_ranks", "test_train"),
-    "pipeline": ("test_extract", "test_relabel"),
+    "pipeline": ("test_extract", "test_one_kind", "test_relabel"),
     "pipeline/cluster": ("test_pool", "test_ray", "test_submit"),
     "pipeline/figures": ("test_parts_sheet",),
     "pretrain": ("test_interruption", "test_train"),

@@ -6,14 +6,19 @@ import torch
 from torch import nn
 
 
+def devices_here() -> list[str]:
+    """What this machine offers, the fastest first."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in available.items() if there]
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes cuda, then mps, then cpu. ValueError when the machine lacks it."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = devices_here()
     if name == "auto":
-        name = next(candidate for candidate, there in available.items() if there)
-    if not available[name]:
-        here = ", ".join(candidate for candidate, there in available.items() if there)
-        raise ValueError(f"--device {name} was asked for, but this machine offers {here}; use --device auto")
+        name = here[0]
+    if name not in here:
+        raise ValueError(f"--device {name} was asked for, but this machine offers {', '.join(here)}; use --device auto")
     if name == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
@@ -26,9 +31,22 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def precision_on(device: torch.device, precision: str) -> str:
+    """fp32 or bf16; `auto` is bf16 where the device computes it."""
+    if precision != "auto":
+        return precision
+    return "bf16" if computes_bf16(device) else "fp32"
+
+
+def computed_here(device: str, precision: str) -> dict[str, str]:
+    """What device and precision, either of which may be `auto`, are in this process. See `pick_device`."""
+    picked = pick_device(device)
+    return {"device": picked.type, "precision": precision_on(picked, precision)}
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bf16 autocast when asked for, or for `auto` where the device computes it; otherwise nothing."""
-    if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
+    if precision_on(device, precision) == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -17,7 +17,7 @@ from partlearn.labelling.sources import Stored
 from partlearn.labelling.stored_labels import Labels
 from partlearn.learner import PartLearner, load_learner
 from training.checkpoint import CheckpointError
-from training.device import computes_bf16
+from training.device import precision_on
 
 
 class TokenLabeller:
@@ -48,17 +48,19 @@ class TokenLabeller:
 
     def describe(self) -> dict[str, Any]:
         """What the labels come from, for dataset.json."""
-        device, precision = self.encoder.device, self.encoder.precision
-        if precision == "auto":
-            precision = "bf16" if computes_bf16(device) else "fp32"
         return {
             "encoder": self.encoder.description,
             "learner_sha256": self.sha256,
             "parts": self.learner.shape.parts,
             **(self.learner.describe() if isinstance(self.learner, Baseline) else {}),
-            "device": device.type,
-            "precision": precision,
+            **self.computed,
         }
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """Device type and precision, which decide labels too."""
+        device = self.encoder.device
+        return {"device": device.type, "precision": precision_on(device, self.encoder.precision)}
 
     @property
     def shuffled(self) -> bool:

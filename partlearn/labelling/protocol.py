@@ -39,7 +39,12 @@ class Labeller(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the labels, for plans."""
+        """What decides the labels, for plans; with `computed`."""
+        ...
+
+    @property
+    def computed(self) -> dict[str, str]:
+        """Device type and precision that labels are computed with; empty where they depend on neither."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def build_shard(slice_: Slice, *, labeller: Labeller, config: ExtractConfig, pla
         groups=labeller.groups,
         plan_digest=plan_digest,
         rejected=rejected,
+        computed=labeller.computed,
     )
 
 

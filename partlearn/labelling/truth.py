@@ -54,6 +54,11 @@ class TruthLabeller:
         return self.parts + 1
 
     @property
+    def computed(self) -> dict[str, str]:
+        """Nothing: no encoder looks at an image."""
+        return {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the labels, for plans."""
         return {"truth_sha256": self.sha256}

@@ -60,6 +60,21 @@ def build_on_ray(
         pool.close()
 
 
+def on_a_worker(function: Callable[..., Any], *arguments: Any, gpus_per_worker: float) -> Any:
+    """What a function returns where a worker of the pool could be: with its share of a node."""
+    import ray
+
+    connect()
+    cpus, gpus, _ = room(ray.nodes(), gpus_per_worker)
+    answer = ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote(*arguments)
+    while not ray.wait([answer], timeout=PATIENCE_S)[0]:
+        _tell_waiting(cpus, gpus)
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+
+
 def room(nodes: list[dict[str, Any]], gpus_per_worker: float) -> tuple[int, float, int]:
     """CPUs and GPUs an actor asks for, and how many such actors fit on the living nodes (at least one is tried).
 
