@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from encoders.frozen import Encoder, Tokens
-from training.augment import crop, jitter_colour, random_places, step_generator, unit
+from training.augment import crop, jitter_colour, random_places, unit
 
 SCALE, JITTER = (0.4, 1.0), 0.4
 
@@ -25,13 +25,13 @@ def second_view(
     pixels: UInt8[Tensor, "batch height width 3"],
     encoder: Encoder,
     *,
-    seed: int,
-    step: int,
+    generator: torch.Generator,
     rank: int = 0,
     world_size: int = 1,
 ) -> Again:
-    """A second view of one rank's block of a batch, a pure function of the images, the seed and the step."""
-    block = {"generator": step_generator(seed, step), "rank": rank, "world_size": world_size}
+    """A second view of one rank's block of a batch: the draws of the step's generator that follow those of the first,
+    the same on every rank."""
+    block = {"generator": generator, "rank": rank, "world_size": world_size}
     whole = unit(pixels)
     boxes, flip = random_places(whole, scale=SCALE, **block)
     lit = crop(jitter_colour(whole, strength=JITTER, **block), boxes, encoder.size, flip)

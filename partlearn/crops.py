@@ -14,7 +14,7 @@ from partlearn.consistency import Again, second_view
 from shards.image_batches import ImageBatches
 from shards.images import ImageList
 from shards.order import permutation
-from training.augment import crop, random_boxes
+from training.augment import crop, random_boxes, step_generator
 from training.progress import Progress
 
 CROP_SCALE = (0.5, 1.0)
@@ -78,14 +78,14 @@ def _cropped(
     )
     try:
         for images, _ in batches:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            generator = step_generator(config.seed, step)
             boxes = random_boxes(batch_size, scale=CROP_SCALE, generator=generator)[first:last]
             flip = torch.rand(batch_size, generator=generator)[first:last] < 0.5
             pixels = crop(images.permute(0, 3, 1, 2).float() / 255, boxes, encoder.size, flip)
             whole = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
             again = None
             if config.consistency:
-                again = second_view(whole, encoder, seed=config.seed, step=step, rank=rank, world_size=world_size)
+                again = second_view(whole, encoder, generator=generator, rank=rank, world_size=world_size)
             yield TokenCrop(whole, encoder(whole), again)
             step += 1
     finally:

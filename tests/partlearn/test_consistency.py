@@ -11,7 +11,7 @@ from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, second_view
 from partlearn.crops import CROP_SCALE, TokenCrops
 from shards.images import list_images
-from training.augment import random_boxes
+from training.augment import random_boxes, step_generator
 from training.config import RunConfig
 
 GRID = 8
@@ -69,9 +69,10 @@ def test_two_ranks_look_where_one_does():
     encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    one = second_view(pixels, encoder, seed=5, step=3)
+    one = second_view(pixels, encoder, generator=step_generator(5, 3))
     two = [
-        second_view(half, encoder, seed=5, step=3, rank=rank, world_size=2) for rank, half in enumerate(pixels.split(2))
+        second_view(half, encoder, generator=step_generator(5, 3), rank=rank, world_size=2)
+        for rank, half in enumerate(pixels.split(2))
     ]
 
     assert torch.equal(one.boxes, torch.cat([view.boxes for view in two]))
@@ -90,7 +91,7 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
     with closing(TokenCrops(config, encoder, list_images(images)).batches(step=0)) as batches:
         again = next(batches).again
 
-    first = random_boxes(6, scale=CROP_SCALE, generator=torch.Generator().manual_seed(0))
+    first = random_boxes(6, scale=CROP_SCALE, generator=step_generator(0, 0))
     assert again is not None
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (first, again.boxes)]
     assert not torch.equal(areas[0].argsort(), areas[1].argsort())
