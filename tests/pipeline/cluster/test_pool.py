@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import drawn, photographs, tars
 
 import pipeline.extract
 from partlearn.config import ExtractConfig
 from pipeline.cluster import pool
 from pipeline.cluster.pool import ATTEMPTS, build_on_ray, room
+from shards.atomic import read_json
 from shards.build import finalise, open_plan
 from shards.errors import ShardError
 from shards.sample import LabelledImage
 from shards.verify import verify
 from shards.writer import write_shard
 from training.config import RunConfig
+from training.device import computed_here
 
 ROOT = Path(__file__).parents[3]
 GROUPS, SAMPLES, SHARDS = 4, 4, 6
@@ -280,6 +283,24 @@ def test_extract_survives_a_killed_process_and_names_a_shard_that_failed(
     assert "retries 3" in capsys.readouterr().err.splitlines()[-1]  # one of shard 1, two of shard 2
     assert verify(tmp_path / "out", "deep") == []
     assert tars(tmp_path / "out") == tars(tmp_path / "local")
+
+
+def test_labels_are_computed_on_what_a_worker_finds_and_a_worker_without_it_says_so(cluster, learned, tmp_path):
+    photos = photographs(tmp_path / "photos", 4)
+
+    def extract(out: Path, device: Any) -> None:
+        run = RunConfig(out=out, device=device, threads=1)
+        settings: Any = {"size": 32, "samples_per_shard": 4, "batch_size": 4, "backend": "ray"}
+        pipeline.extract.extract(ExtractConfig(images=str(photos), parts=learned, run=run, **settings))
+
+    extract(tmp_path / "out", "auto")
+
+    found = computed_here("auto", "auto")
+    for file in (tmp_path / "out/plan.json", tmp_path / "out/shards/000000.json"):
+        assert {name: read_json(file)[name] for name in found} == found
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"computed with --device cuda --precision .*, and a worker has cpu alone"):
+            extract(tmp_path / "cuda", "cuda")
 
 
 def test_a_shard_that_always_raises_is_tried_three_times_and_the_others_are_built(set_):
