@@ -9,8 +9,15 @@ def centred_tokens(
     tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"]
 ) -> Float[Tensor, "batch patches dim"]:
     """What a token is within its image: less the mean of the inside cells. Raw tokens spend the parts on classes."""
+    return tokens - mean_token(tokens, inside)[:, None]
+
+
+def mean_token(
+    tokens: Float[Tensor, "batch patches dim"], inside: Bool[Tensor, "batch patches"]
+) -> Float[Tensor, "batch dim"]:
+    """The mean of each image's inside cells; 0 where there are none."""
     weight = inside[..., None].to(tokens.dtype)
-    return tokens - (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def whitening_of(points: Float[Tensor, "points dim"], width: int) -> Float[Tensor, "dim width"]:

@@ -18,10 +18,23 @@ PAPER = {
 }
 """The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
 IN_PYTHON = (
-    *("background", "foreground_share", "where", "relative", "diffusion", "init", "softmax", "target", "style"),
+    *(
+        "background",
+        "foreground_share",
+        "where",
+        "relative",
+        "diffusion",
+        "init",
+        "kinds",
+        "softmax",
+        "target",
+        "style",
+    ),
     *("diversity", "balance", "consistency", "decoder_size"),
 )
 """Settings without an option: no other value gained anything in any table (RESULTS.md), or --paper sets it."""
+KINDS = 4
+"""Three to six separate people, cars and the rest; more split one kind of object into its views (docs/log.md)."""
 BUILTIN_READS = {"encoder_block": 3, "whiten": 32}
 """What k-means reads best of the encoder `builtin`: its last norm, in fewer directions (encoders/builtin/README.md)."""
 TRUTH = "truth"
@@ -71,6 +84,9 @@ class LearnConfig:
     """Rounds of diffusion: each token becomes the mean of the similar tokens of its image; 0 disables it."""
     init: Literal["kmeans", "heads", "random"] = "kmeans"
     """How part queries start: k-means centres, the encoder's attention heads, or at random."""
+    kinds: int | None = None
+    """Kinds of objects, found from their mean tokens; each kind has part centres of its own, which begin as those of
+    all. Default: 4, because photographs show several; 1 where steps are taken."""
     softmax: Literal["parts", "positions"] = "parts"
     """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
     target: Literal["features", "pixels", "both"] = "features"
@@ -124,12 +140,21 @@ class LearnConfig:
             raise ValueError(f"grid must be at most 256 (ranks are two bytes), got {self.grid}")
         if self.steps is None:
             object.__setattr__(self, "steps", 0 if self.init == "kmeans" else 1000)
+        by_rule = self.init == "kmeans" and not self.steps
+        if self.kinds is None:
+            object.__setattr__(self, "kinds", KINDS if by_rule else 1)
+        if self.kinds_of_objects > 1 and not by_rule:
+            raise ValueError(
+                f"kinds {self.kinds} is asked for with steps or without init kmeans, and kinds of objects are not "
+                "trained; set kinds to 1"
+            )
         if self.crops is None:
             object.__setattr__(self, "crops", 4 if self.steps and not self.consistency else 0)
         if self.consistency and self.crops:
             raise ValueError(f"consistency needs fresh crops; set crops to 0 with it, got {self.crops}")
         for name, least in (
             ("grid", 2),
+            ("kinds", 1),
             ("batch_size", 1),
             ("steps", 0),
             ("crops", 0),
@@ -164,6 +189,12 @@ class LearnConfig:
         """`decoder_size`, resolved."""
         assert self.decoder_size is not None
         return self.decoder_size
+
+    @property
+    def kinds_of_objects(self) -> int:
+        """`kinds`, resolved."""
+        assert self.kinds is not None
+        return self.kinds
 
     @property
     def directions(self) -> int:

@@ -10,7 +10,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from encoders.frozen import Encoder, Tokens
-from encoders.whitening import whitening_of
+from encoders.whitening import mean_token, whitening_of
 from partlearn.config import LearnConfig
 from partlearn.crops import TokenCrops
 from partlearn.kmeans import spherical_kmeans
@@ -51,13 +51,22 @@ def start(learner: PartLearner, config: LearnConfig, encoder: Encoder, crops: To
         return
     first = _first(learner, crops)
     if learner.shape.whitened:
-        points = _drawn(first, learner.seen, generator)
-        learner.whitening.copy_(whitening_of(points.cpu(), learner.shape.width))  # fp64: not on every accelerator
-    points = _drawn(first, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
-    centres = spherical_kmeans(points.cpu(), config.num_parts, generator=generator).to(points.device)
+        points = _flat(_drawn(first, learner.seen, generator))
+        learner.whitening.copy_(whitening_of(points, learner.shape.width))  # fp64: not on every accelerator
+    drawn = _drawn(first, lambda tokens, cells: learner.read(tokens, cells)[1], generator)
+    centres = spherical_kmeans(_flat(drawn), config.num_parts, generator=generator)
     attention.start_at_prototypes(centres, PROTOTYPE_SCALE, generator)
+    if learner.shape.kinds > 1:
+        cells_of_view = torch.tensor([own.shape[1] for own in drawn for _ in own])
+        view_of_point = torch.arange(len(cells_of_view)).repeat_interleave(cells_of_view)
+        learner.kinds.fit(_means(first), _flat(drawn), view_of_point, centres, generator)
     if config.target != "pixels":
         learner.vectors.copy_(centres)
+
+
+def _means(first: list[tuple[Tokens, Bool[Tensor, "batch patches"]]]) -> Float[Tensor, "views dim"]:
+    """Mean token of each view's learned cells."""
+    return torch.cat([mean_token(tokens.block_tokens[:, 1:].float(), cells.cpu()) for tokens, cells in first])
 
 
 def _first(learner: PartLearner, crops: TokenCrops) -> list[tuple[Tokens, Bool[Tensor, "batch patches"]]]:
@@ -80,12 +89,16 @@ def _drawn(
     first: list[tuple[Tokens, Bool[Tensor, "batch patches"]]],
     read: Callable[[Tokens, Tensor], Tensor],
     generator: torch.Generator,
-) -> Float[Tensor, "points width"]:
-    """START_CELLS learned cells, drawn at random, of each view, as `read` gives them."""
+) -> list[Float[Tensor, "batch points width"]]:
+    """START_CELLS learned cells, drawn at random, of each view, as `read` gives them; in the machine's memory."""
     points = []
     for halved, cells in first:
         order = torch.rand(cells.shape, generator=generator).to(cells.device).masked_fill(~cells, 2.0).argsort(dim=1)
         drawn = order[:, : min(START_CELLS, int(cells.sum(dim=1).min()))]
         tokens = read(replace(halved, block_tokens=halved.block_tokens.to(cells.device).float()), cells)
-        points.append(tokens.gather(1, drawn[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1))
-    return torch.cat(points)
+        points.append(tokens.gather(1, drawn[..., None].expand(-1, -1, tokens.shape[2])).cpu())
+    return points
+
+
+def _flat(points: list[Float[Tensor, "batch points width"]]) -> Float[Tensor, "cells width"]:
+    return torch.cat([own.flatten(0, 1) for own in points])

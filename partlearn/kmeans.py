@@ -5,13 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+ROUNDS = 30
+
 
 def spherical_kmeans(
     points: Float[Tensor, "points dim"],
     count: int,
     *,
     generator: torch.Generator,
-    rounds: int = 30,
+    rounds: int = ROUNDS,
     starts: int = 4,
 ) -> Float[Tensor, "count dim"]:
     """Unit centres that maximise the mean cosine to the nearest; the best of `starts` k-means++ seedings.
@@ -26,12 +28,17 @@ def spherical_kmeans(
             f"k-means of {count} parts needs as many cells, and there are {len(points)}; ask for fewer --num-parts, or "
             "give more images or a finer --grid"
         )
-    found = [_settled(points, _spread(points, count, generator), rounds) for _ in range(starts)]
+    found = [settled(points, _spread(points, count, generator), rounds) for _ in range(starts)]
     return max(found, key=lambda centres: (points @ centres.T).amax(dim=1).mean().item())
 
 
-def _settled(points: Tensor, centres: Tensor, rounds: int) -> Tensor:
-    """Lloyd's rounds: each centre becomes the direction of the sum of its points."""
+def settled(
+    points: Float[Tensor, "points dim"], centres: Float[Tensor, "count dim"], rounds: int = ROUNDS
+) -> Float[Tensor, "count dim"]:
+    """Lloyd's rounds from given centres: each becomes the direction of the sum of its points. Where points are fewer
+    than centres, the centres stay."""
+    if len(points) < len(centres):
+        return centres
     for _ in range(rounds):
         cosine, nearest = (points @ centres.T).max(dim=1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)

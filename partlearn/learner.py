@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from encoders.frozen import Tokens
 from encoders.load import BUILTIN
-from encoders.whitening import centred_tokens
+from encoders.whitening import centred_tokens, mean_token
 from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
 from partlearn.decoder import ImageDecoder, blur
 from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells, ties_of
+from partlearn.kinds import Kinds
 from training.checkpoint import CheckpointError, find, load_tensors
 
 
@@ -44,6 +45,8 @@ class LearnerShape:
     softmax: Softmax
     target: Literal["features", "pixels", "both"]
     decoder_size: int
+    kinds: int = 1
+    """Kinds of objects with part centres of their own; learners from before there were kinds have one."""
 
     @property
     def groups(self) -> int:
@@ -65,6 +68,8 @@ class PartLearner(nn.Module):
         if shape.whitened:
             self.whitening: Tensor
             self.register_buffer("whitening", torch.zeros(shape.dim, shape.width))
+        if shape.kinds > 1:
+            self.kinds = Kinds(shape.dim, shape.width, shape.kinds, shape.parts)
         if shape.target != "pixels":
             self.vectors = nn.Parameter(torch.zeros(shape.parts, shape.width))
         if shape.target != "features":
@@ -86,6 +91,9 @@ class PartLearner(nn.Module):
         if self.shape.unit:
             patches = F.normalize(patches, dim=-1)
         patches = diffused(patches, cells, self.shape.diffusion)
+        if self.shape.kinds > 1:
+            own = self.kinds.centres(mean_token(tokens.block_tokens[:, 1:], cells))
+            return self.attention.log_scale.exp() * (own @ patches.transpose(1, 2)), patches
         return self.attention.logits(tokens.block_tokens[:, 0], patches), patches
 
     def seen(self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch patches dim"]:

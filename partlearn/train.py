@@ -233,6 +233,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         softmax=config.softmax,
         target=config.target,
         decoder_size=config.rebuilt_size,
+        kinds=config.kinds_of_objects,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
