@@ -89,7 +89,7 @@ def _drawn(
     first: list[tuple[Tokens, Bool[Tensor, "batch patches"]]],
     read: Callable[[Tokens, Tensor], Tensor],
     generator: torch.Generator,
-) -> list[Float[Tensor, "batch points width"]]:
+) -> list[Float[Tensor, "_ _ width"]]:
     """START_CELLS learned cells, drawn at random, of each view, as `read` gives them; in the machine's memory."""
     points = []
     for halved, cells in first:
@@ -100,5 +100,5 @@ def _drawn(
     return points
 
 
-def _flat(points: list[Float[Tensor, "batch points width"]]) -> Float[Tensor, "cells width"]:
+def _flat(points: list[Float[Tensor, "_ _ width"]]) -> Float[Tensor, "cells width"]:
     return torch.cat([own.flatten(0, 1) for own in points])

@@ -93,9 +93,9 @@ def config(folder, **changes) -> LearnConfig:
 
 def test_a_learner_reads_each_image_with_its_kinds_centres_and_so_does_the_saved_one(tmp_path):
     settings = config(tmp_path, kinds=2)
-    learn(settings)
-    learner, _, _ = load_learner(tmp_path / "run")
     encoder = load_encoder(settings.encoder, grid=4, precision="fp32")
+    learn(settings, encoder=encoder)
+    learner, _, _ = load_learner(tmp_path / "run")
     images = torch.randint(0, 256, (12, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = encoder(torch.cat([images, images // 8]))
     cells = learner.learned_cells(tokens)
