@@ -12,9 +12,10 @@ from partlearn.crops import TokenCrops
 from partlearn.initialise import PROTOTYPE_SCALE
 from partlearn.kinds import Kinds
 from partlearn.kmeans import settled
-from partlearn.learner import load_learner
+from partlearn.learner import LearnerShape, PartLearner, load_learner, shape_as_json
 from partlearn.train import learn
 from shards.images import list_images
+from training.checkpoint import write_tensors
 from training.config import RunConfig
 
 DIM, WIDTH, PARTS = 12, 5, 3
@@ -68,7 +69,7 @@ def test_the_kind_is_the_nearest_whitened_direction_of_the_mean_token():
 def test_of_few_images_all_kinds_have_the_same_parts():
     means, points, _, directions = scenes(0, views=20)
 
-    own = fitted(means, points, directions[0], 4).centres(torch.randn(50, DIM))
+    own = fitted(means, points, directions[0], 4).centres(means)
 
     assert (own == own[0]).all()
 
@@ -82,6 +83,14 @@ def test_a_kind_without_cells_enough_keeps_the_parts_of_all():
 
     assert torch.equal(found.centres(means[1:2])[0], directions[1])
     assert not torch.equal(found.centres(means[:1])[0], directions[1])
+
+
+def new_shape() -> LearnerShape:
+    return LearnerShape(
+        dim=DIM, width=WIDTH, heads=2, grid=4, parts=PARTS, background=True, foreground="contrast",
+        foreground_share=None, where="foreground", relative=True, from_class=False, whitened=True, unit=True, diffusion=3, softmax="parts",
+        target="features", decoder_size=16,
+    )  # fmt: skip
 
 
 def config(folder, **changes) -> LearnConfig:
@@ -135,6 +144,16 @@ def test_each_kinds_centres_have_settled_on_the_cells_of_its_own_views(tmp_path)
             torch.cat([p[c] for p, c in zip(points, cells, strict=True)])[own[:, kind].repeat_interleave(8)], parts, 1
         )
         assert (again * parts).sum(dim=1).min() > 0.999
+
+
+def test_a_learner_from_before_there_were_kinds_is_read_as_it_was(tmp_path):
+    learner = PartLearner(new_shape())
+    shape = shape_as_json(learner.shape)
+    del shape["kinds"]
+    file = tmp_path / "old.safetensors"
+    write_tensors(file, learner.state_dict(), {"learner": shape, "encoder": {}, "learner_sha256": ""})
+
+    assert load_learner(file)[0].shape == learner.shape
 
 
 def test_by_default_there_are_four_kinds_and_one_where_steps_are_taken(tmp_path):
