@@ -87,10 +87,24 @@ def test_a_kind_without_cells_enough_keeps_the_parts_of_all():
 
 def new_shape() -> LearnerShape:
     return LearnerShape(
-        dim=DIM, width=WIDTH, heads=2, grid=4, parts=PARTS, background=True, foreground="contrast",
-        foreground_share=None, where="foreground", relative=True, from_class=False, whitened=True, unit=True, diffusion=3, softmax="parts",
-        target="features", decoder_size=16,
-    )  # fmt: skip
+        dim=DIM,
+        width=WIDTH,
+        heads=2,
+        grid=4,
+        parts=PARTS,
+        background=True,
+        foreground="contrast",
+        foreground_share=None,
+        where="foreground",
+        relative=True,
+        from_class=False,
+        whitened=True,
+        unit=True,
+        diffusion=3,
+        softmax="parts",
+        target="features",
+        decoder_size=16,
+    )
 
 
 def config(folder, **changes) -> LearnConfig:
