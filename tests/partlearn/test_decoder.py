@@ -93,7 +93,7 @@ def test_the_decoder_reads_maps_and_class_token_of_the_same_image():
         assert loss(maps, class_token.roll(1, 0)).item() > 2 * own
 
 
-FORMS = {"default": {}, "paper": {"paper": True, "decoder_size": 8}}
+FORMS = {"default": {"kinds": 1}, "paper": {"paper": True, "decoder_size": 8}}
 
 
 def at_work(form: str, folder: Path) -> tuple[PartLearner, LearnConfig, Encoder, TokenCrop]:
