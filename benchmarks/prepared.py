@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from shards.atomic import read_json, sha256_file, sha256_json, write_json, write_whole
 from shards.build import finalise, open_plan
-from shards.decode import ImageError, decode_rgb, square
+from shards.decode import ImageError, decode_square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.index import merged, table_bytes
 from shards.info import FORMAT, VERSION, fingerprint
@@ -97,12 +97,11 @@ def _stored(
         progress.advance()
         try:
             data = read_bytes(file)
-            image = decode_rgb(data)
+            cropped, box, (width, height) = decode_square(data, SIZE)
         except (OSError, ImageError) as error:
             rejected.append(Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error)))
             continue
         _lay_down(file, data, originals, ordinal)
-        cropped, box = square(image, SIZE)
         buffer = io.BytesIO()
         cropped.save(buffer, "JPEG", quality=QUALITY, subsampling="4:2:0")
         noise = np.random.default_rng(ordinal)
@@ -113,8 +112,8 @@ def _stored(
             jpeg=buffer.getvalue(),
             parts=noise.integers(0, GROUPS, (GRID, GRID)).astype(np.uint8),
             fgrank=noise.permutation(GRID * GRID).astype(np.uint16).reshape(GRID, GRID),
-            src_width=image.width,
-            src_height=image.height,
+            src_width=width,
+            src_height=height,
             box=box,
         )
 

@@ -182,6 +182,9 @@ def _pixels(file: ImageFile, size: int, stored: int | None) -> UInt8[np.ndarray,
 
 
 def _gone(file: ImageFile, error: OSError) -> bool:
-    """Whether this file alone is missing or closed to us; a lost tar or folder takes others with it."""
+    """Whether this file alone is missing or closed to us, or cannot be read as its listing saw; a lost tar or folder
+    takes others with it."""
+    if file.fault:
+        return True
     alone = file.size == WHOLE_FILE and (is_remote(file.location) or Path(file.location).parent.is_dir())
     return alone and isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))

@@ -70,8 +70,7 @@ def extract(config: Annotated[Any, options(ExtractConfig)]) -> None:
 
     config = made(config)
     with asking_for_less("--batch-size", config.batch_size):
-        info = build(config)
-    print(f"{config.run.out}: {info['samples']:,} images in {len(info['shards'])} shards, {info['rejected']} rejected")
+        build(config)
 
 
 def verify(config: Annotated[Any, options(VerifyConfig)]) -> None:

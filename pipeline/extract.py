@@ -68,10 +68,27 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
             computed = _computed(config, folder, labeller, whole=whole)
             plan_digest = open_plan(folder, _plan(config, source, labeller) | computed)
             _take_back(folder, taken_back, faulty)
-            _build_missing(_computing(config, computed), folder, source, labeller, plan_digest)
-            return _finish(config, folder, source, labeller, plan_digest, computed)
+            built = _build_missing(_computing(config, computed), folder, source, labeller, plan_digest)
+            info = _finish(config, folder, source, labeller, plan_digest, computed)
     except Timeout:
         raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
+    print(closing_line(folder, info, source.left_out, built=built), file=sys.stderr)
+    return info
+
+
+def closing_line(folder: Path, info: dict[str, Any], left_out: str, *, built: int) -> str:
+    """What became of everything that was seen: images, shards, rejected, left out, and classes."""
+    classes = info["classes"]
+    names = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+    return (
+        f"{folder}: {_counted(info['samples'], 'image')} in {_counted(len(info['shards']), 'shard')}"
+        f"{'' if built else ', built before'}; {info['rejected']:,} rejected; left out: {left_out or 'nothing'}; "
+        + (f"{_counted(len(classes), 'class', 'classes')} ({names})" if classes else "no classes")
+    )
+
+
+def _counted(count: int, one: str, several: str = "") -> str:
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def _computing(config: ExtractConfig, computed: dict[str, Any]) -> ExtractConfig:
@@ -145,11 +162,12 @@ def _take_back(folder: Path, numbers: Collection[int], faulty: Collection[str]) 
             (folder / name).unlink(missing_ok=True)
 
 
-def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> None:
+def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller: Labeller, plan_digest: str) -> int:
+    """Build what is missing; returns how many shards that was."""
     count = len(source.shard_sizes)
     missing = [number for number in range(count) if not shard_done(folder, number, plan_digest)]
     if not missing:
-        return
+        return 0
     left = sum(source.shard_sizes[number] for number in missing)
     total = sum(source.shard_sizes)
     progress = Progress(total, "extracting", "images", done=total - left)
@@ -170,6 +188,7 @@ def _build_missing(config: ExtractConfig, folder: Path, source: Source, labeller
             f"{len(failed)} of {count} shards failed {ATTEMPTS} times, first shard {number} with "
             f"{type(error).__name__}: {error}; the others are kept, repair the cause and run the same command again"
         ) from error
+    return len(missing)
 
 
 def _finish(

@@ -9,15 +9,16 @@ import io
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import SupportsInt
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, SupportsInt, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.errors import ShardError
+from shards.formats import FIRST_BYTES, FORMATS, is_heif
 
 Box = tuple[float, float, float, float]
 
@@ -25,6 +26,10 @@ try:
     import simplejpeg
 except ImportError:  # a machine with its own stack: Pillow decodes to the same bits, at two thirds of the speed
     simplejpeg = None
+
+MOST_PIXELS, LARGE = 512_000_000, 64_000_000
+"""Pixels of the largest image that is decoded, and of the largest that is decoded beside others."""
+_one_large = threading.Lock()
 
 WIDEST = 32
 """Bytes of the widest register that the decoder stores from."""
@@ -111,25 +116,67 @@ def _check_size(found: Sequence[SupportsInt], row: np.ndarray) -> None:
 
 
 class ImageError(ValueError):
-    """An image that cannot be decoded; the message is the reason."""
+    """An image that cannot be read or decoded (`step`); the message is the reason."""
+
+    def __init__(self, reason: str, *, step: str = "decode"):
+        super().__init__(reason)
+        self.step = step
+
+
+class Decoded(NamedTuple):
+    """A square of an image: its pixels, the box they were cut from, and width and height of the whole."""
+
+    image: Image.Image
+    box: Box
+    source_size: tuple[int, int]
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """RGB pixels, upright, whatever was stored: CMYK, grey, palette; 16 bits are scaled, alpha is over white.
 
     Raises:
-        ImageError: The bytes are no whole image; of the same bytes, always in the same words.
+        ImageError: The bytes are no whole image, or of more than 512 megapixels; of the same bytes, always in the same
+            words.
     """
+    return _decoded(data, lambda image: image)
+
+
+def decode_square(data: bytes, size: int, *, offset: float = 0.5) -> Decoded:
+    """The `square` of what `decode_rgb` gives; of images of more than 64 megapixels, one at a time is in memory.
+
+    Raises:
+        ImageError: As `decode_rgb`.
+    """
+    return _decoded(data, lambda image: Decoded(*square(image, size, offset=offset), image.size))
+
+
+T = TypeVar("T")
+
+
+def _decoded(data: bytes, use: Callable[[Image.Image], T]) -> T:
     if not data:
         raise ImageError("empty file")
     try:
-        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+        with (
+            _quiet_pillow(),
+            Image.open(io.BytesIO(data), formats=_formats()) as image,
+            _one_large if image.width * image.height > LARGE else nullcontext(),
+        ):
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return use(_as_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError as error:  # Pillow names the buffer by its address
+        if is_heif(data[:FIRST_BYTES]):
+            raise ImageError("a HEIC image, which is read where pillow-heif is installed") from error
         raise ImageError("not an image that Pillow knows (JPEG, PNG, WebP, ...)") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this image's reason
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow reads, in its own order."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in FORMATS)
 
 
 def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image.Image, Box]:
@@ -143,22 +190,24 @@ def square(image: Image.Image, size: int, *, offset: float = 0.5) -> tuple[Image
 
 
 _decoding, _decoding_lock, _filters = 0, threading.Lock(), warnings.catch_warnings()
+_pillows_limit = Image.MAX_IMAGE_PIXELS
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Pillow's warnings are silent, but for a decompression bomb, which is an error.
+    """Pillow's warnings are silent, but for a decompression bomb, which is an error, from MOST_PIXELS on.
 
-    Filters belong to the process: were each thread to put back the ones it found, the last would put back another
-    thread's. So the first one in sets them, and the last one out restores them.
+    Filters and limit belong to the process: were each thread to put back the ones it found, the last would put back
+    another thread's. So the first one in sets them, and the last one out restores them.
     """
-    global _decoding, _filters
+    global _decoding, _filters, _pillows_limit
     with _decoding_lock:
         if not _decoding:
             _filters = warnings.catch_warnings()
             _filters.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            _pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS
         _decoding += 1
     try:
         yield
@@ -166,6 +215,7 @@ def _quiet_pillow() -> Iterator[None]:
         with _decoding_lock:
             _decoding -= 1
             if not _decoding:
+                Image.MAX_IMAGE_PIXELS = _pillows_limit
                 _filters.__exit__(None, None, None)
 
 

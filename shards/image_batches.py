@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from shards.decode import ImageError, decode_rgb, square
-from shards.images import ImageFile, ImageList, read_bytes
+from shards.decode import ImageError
+from shards.images import ImageFile, ImageList, read_square
 from shards.order import permutation
 from shards.rng import VIEW, uniform
 
@@ -88,8 +88,8 @@ class ImageBatches:
             if candidate in self.unreadable:
                 continue
             try:
-                image, _ = square(decode_rgb(read_bytes(self._images[candidate])), self._size, offset=offset)
-            except (ImageError, OSError) as error:
+                image = read_square(self._images[candidate], self._size, offset=offset).image
+            except ImageError as error:
                 self._leave_out(candidate, error)
                 continue
             return np.array(image), candidate

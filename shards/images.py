@@ -1,19 +1,25 @@
-"""Images before they are shards: which there are, and their bytes."""
+"""Images before they are shards: which there are, their bytes and their pixels."""
 
 import hashlib
 import json
-import os
-import tarfile
-from collections import Counter
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image
 
 from shards import storage
-from shards.places import at_home
+from shards.decode import Decoded, ImageError, decode_rgb, decode_square
+from shards.formats import HEIF, HEIF_SUFFIXES
+from shards.found import Listing, labels_of
+from shards.image_folders import list_folder
+from shards.image_tars import list_tar
+from shards.image_texts import list_text
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 EXPECTED = "a folder, a text file of paths or a .tar"
+KINDS_SAID = 8
+_said: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +30,11 @@ class ImageFile:
     location: str
     """Path or URI of the file, or of the tar."""
     class_id: int = -1
-    """-1 where there are no classes."""
+    """-1 where there are no classes, or where this image has none."""
     offset: int = 0
     size: int = storage.WHOLE_FILE
+    fault: str = ""
+    """Why it cannot be read, where the listing saw it: a link that leads nowhere, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,8 @@ class ImageList:
     source: str
     images: tuple[ImageFile, ...]
     classes: tuple[str, ...]
+    left_out: tuple[tuple[str, int], ...] = ()
+    """What else was met there, by kind (a suffix, `hidden`, `@eaDir`), and how often; the most frequent first."""
 
     @property
     def digest(self) -> str:
@@ -43,137 +53,131 @@ class ImageList:
         rows = [[image.name, image.class_id] for image in self.images]
         return hashlib.sha256(json.dumps([self.classes, rows]).encode()).hexdigest()
 
+    @property
+    def left_out_in_words(self) -> str:
+        """`1 .heic, 2 without suffix`; empty where nothing was left out."""
+        kinds = [f"{count:,} {kind}" for kind, count in self.left_out[:KINDS_SAID]]
+        further = sum(count for _, count in self.left_out[KINDS_SAID:])
+        return ", ".join(kinds + ([f"{further:,} of other kinds"] if further else []))
+
+    @property
+    def remark(self) -> str:
+        """One sentence of what was seen and is not an image with a class like the others; empty where all are."""
+        without = [image.name for image in self.images if image.class_id < 0] if self.classes else []
+        faulty = [image for image in self.images if image.fault]
+        told = []
+        if faulty:
+            told.append(f"{len(faulty):,} cannot be read, the first, {faulty[0].name}: {faulty[0].fault}")
+        if without:
+            told.append(f"{len(without):,} without a class, the first {without[0]}")
+        if self.left_out:
+            told.append(f"left out: {self.left_out_in_words}")
+        if not HEIF and any(kind in HEIF_SUFFIXES for kind, _ in self.left_out):
+            told.append("HEIC is read where pillow-heif is installed")
+        return f"{self.source}: {len(self.images):,} images; {'; '.join(told)}" if told else ""
+
 
 def list_images(source: str | Path) -> ImageList:
-    """The images in `source`.
+    """The images in `source`; what else is met there is said on stderr, once a process.
 
-    A folder (classes are its subfolders when all images are in two or more of them; `images/` beside `labels/` or
-    `masks/` stands for the folder), a text file (a path or URI a line, paths relative to the file, then perhaps a tab
-    and the class), a .tar, or a folder of tars (class from `KEY.cls`, else from the first folder of the names). Each
-    may be in an object store: `s3://bucket/train`.
+    A folder (`images/` beside `labels/` or `masks/` stands for the folder), a text file (a path or URI a line, paths
+    relative to the file, then perhaps a tab, comma or blank and the class), a .tar, also of tars, or a folder of tars.
+    Each may be in an object store: `s3://bucket/train`.
+
+    Classes are those of `KEY.cls` or of the text file; else the first folders in which names differ; else the tars.
+    There are none unless there are two or more; an image without one has class id -1.
 
     Raises:
         FileNotFoundError: There is no such path.
-        ValueError: There is no image in it, or a name twice.
+        ValueError: There is no image in it, a name twice, splits of a data set, a folder that may not be read, or a
+            tar that is cut.
     """
     source = str(source)
-    found = list(_in_folder(source) if _is_folder(source) else _in_file(source))
+    listing = Listing()
+    if _is_folder(source):
+        list_folder(source, listing)
+    elif source.endswith(".tar"):
+        list_tar(source, listing, source.rpartition("/")[2])
+    else:
+        list_text(source, listing)
+    found = listing.images
+    listed = ImageList(source, (), (), tuple(listing.left_out.most_common()))
     if not found:
-        raise ValueError(f"no images in {source}: looked for {', '.join(SUFFIXES)}, found {_what_is_there(source)}")
-    found.sort(key=lambda row: row[0].name.encode())
-    names = Counter(image.name for image, _ in found)
-    if len(names) < len(found):
-        raise ValueError(f"{source} names {names.most_common(1)[0][0]} more than once; each image may come once")
-    labels = {label for _, label in found}
-    numbers = all(label.isdigit() for label in labels)
-    classes = tuple(sorted(labels, key=int if numbers else str)) if "" not in labels and len(labels) > 1 else ()
-    ids = {label: number for number, label in enumerate(classes)}
-    images = tuple(
-        ImageFile(image.name, image.location, ids.get(label, -1), image.offset, image.size) for image, label in found
+        raise ValueError(
+            f"no images in {source}: looked for .jpg, .png, .webp and what else Pillow reads, found "
+            f"{listed.left_out_in_words or 'an empty folder'}"
+        )
+    labels = (
+        [one.label for one in found] if any(one.label for one in found) else labels_of([o.path for o in found], source)
     )
-    return ImageList(source, images, classes)
+    present = set(labels) - {""}
+    numbers = all(label.isdecimal() for label in present)
+    classes = tuple(sorted(present, key=int if numbers else str)) if len(present) > 1 else ()
+    ids = {label: number for number, label in enumerate(classes)}
+    images = sorted(
+        (
+            ImageFile(one.name, one.location, ids.get(label, -1), one.offset, one.size, one.fault)
+            for one, label in zip(found, labels, strict=True)
+        ),
+        key=lambda image: image.name.encode(),
+    )
+    for one, following in pairwise(images):
+        if one.name == following.name:
+            raise ValueError(f"{source} names {one.name} more than once; each image may come once")
+    listed = ImageList(source, tuple(images), classes, listed.left_out)
+    _say(listed.remark)
+    return listed
 
 
 def read_bytes(image: ImageFile) -> bytes:
-    """The file or tar member of an image."""
+    """The file or tar member of an image.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if image.fault:
+        raise OSError(image.fault)
     return storage.read(image.location, image.offset, image.size)
+
+
+def read_rgb(image: ImageFile) -> Image.Image:
+    """The pixels of an image, as `decode_rgb` gives them.
+
+    Raises:
+        ImageError: It cannot be read or decoded; `step` says which.
+    """
+    return decode_rgb(_bytes(image))
+
+
+def read_square(image: ImageFile, size: int, *, offset: float = 0.5) -> Decoded:
+    """The square of an image at `offset` along its long side, of `size` pixels a side, as `square` cuts it.
+
+    Raises:
+        ImageError: It cannot be read or decoded; `step` says which.
+    """
+    return decode_square(_bytes(image), size, offset=offset)
+
+
+def _bytes(image: ImageFile) -> bytes:
+    try:
+        return read_bytes(image)
+    except OSError as error:
+        raise ImageError(str(error), step="read") from error
 
 
 def _is_folder(source: str) -> bool:
     """Raises FileNotFoundError when there is nothing at `source`."""
     if storage.is_remote(source):
         return not storage.is_file(source)
-    if not Path(source).exists():
-        raise FileNotFoundError(f"no images at {source}: expected {EXPECTED}")
-    return Path(source).is_dir()
-
-
-def _in_folder(folder: str) -> Iterator[tuple[ImageFile, str]]:
-    files = _files(folder)
-    tars = [name for name in files if name.endswith(".tar") and "/" not in name and not name.startswith(".")]
-    if tars:
-        loose = next((name for name in files if _is_image(name)), None)
-        if loose:
-            raise ValueError(f"{folder} holds both tars ({tars[0]}) and images ({loose}); name a folder of one kind")
-        for name in sorted(tars):
-            yield from _in_tar(files[name])
-        return
-    if any(name.startswith("images/") for name in files) and any(
-        name.startswith(("labels/", "masks/")) for name in files
-    ):
-        files = {name.removeprefix("images/"): at for name, at in files.items() if name.startswith("images/")}
-    for name, location in files.items():
-        if _is_image(name):
-            yield ImageFile(name, location), name.partition("/")[0] if "/" in name else ""
-
-
-def _files(folder: str) -> dict[str, str]:
-    """Every file under a folder: its name relative to the folder, and where it lies."""
-    if storage.is_remote(folder):
-        root = folder.rstrip("/") + "/"
-        try:
-            return {location.removeprefix(root): location for location in storage.walk(folder)}
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no images at {folder}: expected {EXPECTED}") from None
-    paths = (Path(inside) / name for inside, _, names in os.walk(folder, followlinks=True) for name in names)
-    return {path.relative_to(folder).as_posix(): str(path) for path in paths if path.is_file()}
-
-
-def _is_image(name: str) -> bool:
-    """By its suffix alone; what is none is rejected when it is decoded."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
-
-
-def _in_file(source: str) -> Iterator[tuple[ImageFile, str]]:
-    yield from _in_tar(source) if source.endswith(".tar") else _in_text(source)
-
-
-def _in_text(source: str) -> Iterator[tuple[ImageFile, str]]:
     try:
-        lines = storage.read(source).decode().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{source} is neither a folder, a .tar nor a text file of paths") from None
-    folder = source.rpartition("/")[0]
-    for number, line in enumerate(lines, start=1):
-        name, _, label = line.strip().partition("\t")
-        if not name:
-            continue
-        at = at_home(name)
-        location = at if storage.is_remote(at) or at.startswith("/") or not folder else f"{folder}/{at}"
-        if not storage.is_remote(location) and not Path(location).is_file():
-            raise FileNotFoundError(f"{source} line {number} names {name}, which is no file")
-        yield ImageFile(name, location), label
+        if Path(source).exists():
+            return Path(source).is_dir()
+    except PermissionError:
+        raise ValueError(f"{source} may not be read by this user; make it readable, or move it elsewhere") from None
+    raise FileNotFoundError(f"no images at {source}: expected {EXPECTED}")
 
 
-def _in_tar(location: str) -> Iterator[tuple[ImageFile, str]]:
-    try:
-        with storage.open_binary(location) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [member for member in tar if member.isfile()]
-            labels = {_key(m.name): _text(tar, m) for m in members if m.name.endswith(".cls")}
-    except tarfile.TarError as error:
-        raise ValueError(f"{location} is no whole, uncompressed tar ({error}); fetch it again or unpack it") from None
-    folder = location.rpartition("/")[2]
-    for member in members:
-        name = member.name.removeprefix("./")
-        if _is_image(name):
-            label = labels.get(_key(member.name)) or (name.partition("/")[0] if "/" in name else "")
-            yield ImageFile(f"{folder}/{name}", location, -1, member.offset_data, member.size), label
-
-
-def _key(name: str) -> str:
-    """WebDataset's key: the name up to the first dot of its last part."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
-
-
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = tar.extractfile(member)
-    return file.read().decode().strip() if file else ""
-
-
-def _what_is_there(source: str) -> str:
-    if not _is_folder(source):
-        return "nothing of that kind"
-    suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in _files(source))
-    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "an empty folder"
+def _say(remark: str) -> None:
+    if remark and remark not in _said:
+        _said.add(remark)
+        print(remark, file=sys.stderr)

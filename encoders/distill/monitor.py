@@ -12,8 +12,8 @@ from torch import Tensor
 
 from encoders.distill.student import vit_tokens
 from encoders.knn import knn_votes
-from shards.decode import ImageError, decode_rgb, square
-from shards.images import ImageFile, list_images, read_bytes
+from shards.decode import ImageError
+from shards.images import ImageFile, list_images, read_square
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
 from training.device import autocast
 
@@ -33,8 +33,9 @@ class Monitor:
         listed = list_images(source)
         if not listed.classes:
             raise ValueError(f"--knn needs a folder of class folders, and the images of {source} have no classes")
-        count = len(listed.images)
-        chosen = [listed.images[i] for i in np.linspace(0, count - 1, min(count, MOST)).round().astype(int)]
+        labelled = [image for image in listed.images if image.class_id >= 0]
+        count = len(labelled)
+        chosen = [labelled[i] for i in np.linspace(0, count - 1, min(count, MOST)).round().astype(int)]
         if count > MOST:
             print(f"--knn takes {MOST:,} of the {count:,} images of {source}, evenly spaced", file=sys.stderr)
         with ThreadPoolExecutor(threads, thread_name_prefix="monitor") as pool:
@@ -85,7 +86,7 @@ def knn_accuracy(
 
 def _read(image: ImageFile, size: int) -> np.ndarray | None:
     try:
-        return np.array(square(decode_rgb(read_bytes(image)), size)[0])
-    except (ImageError, OSError) as error:
+        return np.array(read_square(image, size).image)
+    except ImageError as error:
         print(f"{image.name} cannot be read ({error}); --knn leaves it out", file=sys.stderr)
         return None

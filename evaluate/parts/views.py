@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from shards.decode import decode_rgb
-from shards.images import ImageFile, list_images, read_bytes
+from shards.images import ImageFile, list_images, read_rgb
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
@@ -105,7 +104,7 @@ class TruthSet:
         self, crop_of: CropOf, size: int, grid: int, files: Sequence[ImageFile]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
         for index, file in enumerate(files):
-            image = decode_rgb(read_bytes(file))
+            image = read_rgb(file)
             crop, centre = crop_of(*image.size, index), _centre(*image.size, index)
             if crop.side < grid:
                 raise ValueError(

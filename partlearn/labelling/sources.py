@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from shards import storage
-from shards.decode import Box, ImageError, decode_rgb, square
-from shards.images import ImageFile, ImageList, list_images, read_bytes
+from shards.decode import Box, ImageError
+from shards.images import ImageFile, ImageList, list_images, read_square
 from shards.index import BOX, load_rows
 from shards.info import read_info
 from shards.order import permutation
@@ -57,18 +57,13 @@ class FileSlice:
     def _load(self, ordinal: int, file: ImageFile) -> Stored | Rejected:
         """Decode, square, and encode as the shard will hold it; or the reason why not."""
         try:
-            data = read_bytes(file)
-        except OSError as error:
-            return Rejected(source=file.name, ordinal=ordinal, step="read", reason=str(error))
-        try:
-            image = decode_rgb(data)
+            cropped, box, source_size = read_square(file, self.size)
         except ImageError as error:
-            return Rejected(source=file.name, ordinal=ordinal, step="decode", reason=str(error))
-        cropped, box = square(image, self.size)
+            return Rejected(source=file.name, ordinal=ordinal, step=error.step, reason=str(error))
         buffer = io.BytesIO()
         cropped.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
         jpeg = buffer.getvalue()
-        return Stored(f"{ordinal:08d}", file.name, file.class_id, jpeg, _pixels(jpeg), image.size, box)
+        return Stored(f"{ordinal:08d}", file.name, file.class_id, jpeg, _pixels(jpeg), source_size, box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +89,12 @@ class FromImages:
 
     Like `FromShards` it has `size` (side of the stored images in pixels), `classes`, `inputs` (name, digest and
     count, for the plan and dataset.json), `shard_sizes` (inputs of each shard), `slice(number)`, what a shard owns;
-    `names` of all images, and `images_at`, where those are files.
+    `left_out`, what else was met there, in words; `names` of all images, and `images_at`, where those are files.
     """
 
     def __init__(self, images: ImageList, *, size: int, quality: int, samples_per_shard: int, seed: int):
         self.images, self.size, self.quality = images.images, size, quality
-        self.classes = images.classes
+        self.classes, self.left_out = images.classes, images.left_out_in_words
         self.images_at = _absolute(images.source)
         self.inputs: dict[str, Any] = {
             "source": self.images_at,
@@ -129,7 +124,7 @@ class FromShards:
         self._shards = ShardSet.open(path)
         self._shards.refuse_labels_alone()
         info = self._shards.info
-        self.size, self.classes = self._shards.size, self._shards.classes
+        self.size, self.classes, self.left_out = self._shards.size, self._shards.classes, ""
         self.inputs: dict[str, Any] = {
             "source": _absolute(str(path)),
             "list_sha256": self._shards.fingerprint,

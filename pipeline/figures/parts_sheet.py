@@ -10,8 +10,8 @@ from PIL import Image
 from partlearn.config import LearnConfig
 from partlearn.labelling.learned import open_token_labeller
 from shards.atomic import write_whole
-from shards.decode import ImageError, decode_rgb, square
-from shards.images import list_images, read_bytes
+from shards.decode import ImageError
+from shards.images import list_images, read_square
 from shards.order import permutation
 from training.checkpoint import CheckpointError
 from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
@@ -61,6 +61,6 @@ def _squares(config: LearnConfig) -> Iterator[Image.Image]:
     images = list_images(config.images).images
     for index in permutation(len(images), seed=config.seed, epoch=0):
         try:
-            yield square(decode_rgb(read_bytes(images[index])), SIDE)[0]
-        except (ImageError, OSError):
+            yield read_square(images[index], SIDE).image
+        except ImageError:
             continue
