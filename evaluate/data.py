@@ -1,5 +1,7 @@
 """Images with classes, as evaluations read them: a shard set or a list of files, and a held-out fifth."""
 
+import dataclasses
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,7 +56,10 @@ class Split:
     """Names of those that were out of reach, and not torn."""
 
     def __len__(self) -> int:
-        return len(self.images) if isinstance(self.images, ShardSet) else len(self.images.images)
+        """Images that have a class."""
+        if isinstance(self.images, ShardSet):
+            return int((np.asarray(self.images.class_ids) >= 0).sum())
+        return len(self.images.images)
 
     @property
     def preparation(self) -> str:
@@ -74,14 +79,17 @@ class Split:
         return sha256_json([self.images.digest, left_out]) if left_out else self.images.digest
 
     def batches(self, *, size: int, batch_size: int, threads: int) -> Iterator[LabelledBatch]:
-        """Every image once, in order. Files that cannot be read are left out and noted in `unreadable`.
+        """Every image with a class once, in order. Files that cannot be read are left out and noted in `unreadable`.
 
         Raises:
             OSError: The storage does not answer, or more than MOST_LOST of the files are out of reach.
         """
         if isinstance(self.images, ShardSet):
             for batch in in_order(self.images, batch_size=batch_size, threads=threads):
-                yield LabelledBatch(batch.images, batch.class_ids, batch.fgrank)
+                has = np.asarray(batch.class_ids) >= 0
+                if has.any():
+                    fgrank = None if batch.fgrank is None else batch.fgrank[has]
+                    yield LabelledBatch(batch.images[has], batch.class_ids[has], fgrank)
             return
         self.unreadable, self.lost = {}, []
         listed = self.images.images
@@ -106,10 +114,11 @@ class Split:
 
 
 def load_split(data: str, images: str, labels: str = "") -> Split:
-    """The shard set at `data`, with `labels` laid over it, or else the images at `images`.
+    """The shard set at `data`, with `labels` laid over it, or else the images at `images`; those without a class are
+    told and left out.
 
     Raises:
-        ValueError: Some images have no class.
+        ValueError: The others are of fewer than two classes.
     """
     opened = ShardSet.open(Path(data), labels=labels or None) if data else list_images(images)
     split = Split(data or images, opened, opened.size if isinstance(opened, ShardSet) else None)
@@ -118,11 +127,16 @@ def load_split(data: str, images: str, labels: str = "") -> Split:
     else:
         class_ids = np.array([image.class_id for image in opened.images], dtype=np.int64)
     missing = int((class_ids < 0).sum())
-    if missing:
+    if missing and len(set(class_ids.tolist())) < 3:
         raise ValueError(
             f"{missing} of {len(class_ids)} images in {split.source} have no class, and this protocol "
-            "needs one for each; sort them into one folder a class"
+            "needs two classes or more; sort them into one folder a class"
         )
+    if missing:
+        print(f"{missing} of {len(class_ids)} images in {split.source} have no class and are left out", file=sys.stderr)
+    if missing and isinstance(opened, ImageList):
+        labelled = tuple(image for image in opened.images if image.class_id >= 0)
+        split.images = dataclasses.replace(opened, images=labelled)
     return split
 
 

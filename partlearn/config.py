@@ -46,7 +46,9 @@ class LearnConfig:
     """A part learner (SemMAE, section 3.1), its open choices settled by measurement (partlearn/RESULTS.md)."""
 
     images: str
-    """Images: a folder, a text file of paths, a .tar or a folder of tars; here or at s3://, gs://."""
+    """Images: a folder (class folders or flat), a text file of paths or URIs (a line each, then perhaps a tab, comma or
+    blank and the class), a .tar (also of tars) or a folder of tars (KEY.jpg with KEY.cls, class folders, or a tar a
+    class); here or at s3://, gs://."""
     encoder: str
     """Frozen encoder: builtin (comes with the project), timm:NAME, timm:NAME=FILE, ibot:FILE, dino:FILE, run:DIR or
     random:NAME."""
@@ -214,7 +216,9 @@ class ExtractConfig:
     """Part labels and foreground ranks beside every image, in WebDataset shards."""
 
     images: str | None = None
-    """Images: a folder, a text file of paths or URIs, a .tar, a folder of tars; here or at s3://, gs://."""
+    """Images: a folder (class folders or flat), a text file of paths or URIs (a line each, then perhaps a tab, comma or
+    blank and the class), a .tar (also of tars) or a folder of tars (KEY.jpg with KEY.cls, class folders, or a tar a
+    class); here or at s3://, gs://."""
     relabel: Path | None = None
     """A shard set, instead of --images. Only labels are written, over the images of that set, for `pretrain
     --labels`."""
