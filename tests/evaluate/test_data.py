@@ -155,3 +155,16 @@ def test_an_object_that_vanishes_is_left_out_and_a_store_that_does_not_answer_st
     storage._store.cache_clear()
     with pytest.raises(OSError, match=r"\.png cannot be read \(.*\); check the storage, then run again"):
         pixels_of(split, 32)
+
+
+def test_an_image_without_a_class_is_told_and_left_out_as_long_as_two_classes_remain(tmp_path, capsys):
+    for name in ("cat/1.png", "dog/2.png", "montage.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 7)).save(path)
+
+    split = load_split("", str(tmp_path))
+    class_ids = [label for batch in split.batches(size=8, batch_size=2, threads=1) for label in batch.class_ids]
+
+    assert (len(split), class_ids) == (2, [0, 1])
+    assert "1 of 3 images" in capsys.readouterr().err
