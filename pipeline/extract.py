@@ -72,7 +72,7 @@ def extract(config: ExtractConfig, *, faulty: Collection[str] = ()) -> dict[str,
             info = _finish(config, folder, source, labeller, plan_digest, computed)
     except Timeout:
         raise ShardError(f"{folder} is being built by another process; wait for it or choose another --out") from None
-    print(closing_line(folder, info, source.left_out, built=built), file=sys.stderr)
+    print(closing_line(folder, info, source.left_out, built=built))
     return info
 
 

@@ -77,7 +77,7 @@ def test_the_wheel_alone_labels_images_with_the_parts_that_come_with_it(wheel, t
     imported, builtin, *said = done.stdout.splitlines()
     assert imported == str(installed / "pipeline/__init__.py")
     assert builtin == str(installed / "encoders/builtin")
-    assert said[-1] == "shards: 4 images in 1 shards, 0 rejected"
+    assert said[-1] == "shards: 4 images in 1 shard; 0 rejected; left out: nothing; no classes"
     shards = ShardSet.open(elsewhere / "shards")
     assert (len(shards), shards.grid, shards.groups) == (4, 28, 7)
     shards.close()
