@@ -111,7 +111,7 @@ def test_other_images_of_the_same_names_are_refused_in_the_same_folder(parts, tm
     extract(config(photos, parts, out))
     (tmp_path / "others").mkdir()
 
-    with pytest.raises(ValueError, match=r"source was .*photos', now .*others/photos'"):
+    with pytest.raises(ValueError, match=r"--images was .*photos', now .*others/photos'"):
         extract(config(photographs(tmp_path / "others/photos", 3), parts, out))
 
 

@@ -13,6 +13,7 @@ from pipeline.config import VerifyConfig
 from pipeline.extract import extract
 from pipeline.verify import verify as verify_verb
 from shards.atomic import read_json, sha256_file, sha256_json, write_json
+from shards.info import digests as field_digests
 from shards.verify import verify
 from training.config import RunConfig
 
@@ -55,6 +56,10 @@ def told(folder: Path, **fields: str | None) -> Path:
         write_json(sidecar, changed(read_json(sidecar)) | {"plan": sha256_json(plan)})
     info = read_json(folder / "dataset.json")
     info["producer"]["labels"] |= {name: value for name, value in fields.items() if value}
+    del info["plan"], info["digests"]
+    if None not in fields.values():  # releases that kept neither did not keep these
+        info["plan"] = plan
+        info["digests"] = field_digests(info)
     write_json(folder / "dataset.json", info)
     return folder
 
@@ -170,7 +175,7 @@ def test_a_set_of_an_earlier_release_is_verified_reused_and_repaired_and_half_a_
 
 
 def test_other_settings_are_told_first(mine, photos):
-    with pytest.raises(ValueError, match=r"other settings \(precision was 'bf16', now 'fp32'; seed was 0, now 7\)"):
+    with pytest.raises(ValueError, match=r"other settings \(--precision was 'bf16', now 'fp32'; --seed was 0, now 7\)"):
         extract(settings(half(mine), images=photos, seed=7))
 
 
