@@ -58,7 +58,7 @@ class Encoder:
             raise ValueError(f"encoder_block must lie between 0 and {self.depth} for {source}, got {block}")
         self.device, self.precision = device, precision
         self._mean = torch.tensor(mean, device=device).reshape(3, 1, 1)
-        self._std = torch.tensor(std, device=device).reshape(3, 1, 1)
+        self.std = torch.tensor(std, device=device).reshape(3, 1, 1)
         self.fingerprint = fingerprint(model.state_dict())
         self.description: dict[str, Any] = {
             "source": source,
@@ -82,7 +82,7 @@ class Encoder:
             pixels = F.interpolate(
                 pixels, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
             )
-        return (pixels - self._mean) / self._std
+        return (pixels - self._mean) / self.std
 
     @torch.no_grad()
     def __call__(

@@ -12,25 +12,20 @@ PAPER = {
     "relative": False,
     "whiten": 0,
     "diffusion": 0,
-    "init": "heads",
+    "init": "random",
+    "gate": "sigmoid",
+    "projections": "shared",
+    "temperature": "none",
     "softmax": "positions",
     "target": "pixels",
+    "pixel_error": "sum",
+    "foreground": "maps",
 }
-"""The settings that the paper states or its authors answered (SemMAE, section 3.1)."""
+"""Equations 1 to 7 as SemMAE prints them (section 3.1); where it is silent: partlearn/METHOD.md."""
 IN_PYTHON = (
-    *(
-        "background",
-        "foreground_share",
-        "where",
-        "relative",
-        "diffusion",
-        "init",
-        "kinds",
-        "softmax",
-        "target",
-        "style",
-    ),
-    *("diversity", "balance", "consistency", "decoder_size"),
+    *("background", "foreground_share", "where", "relative", "diffusion", "init", "kinds", "softmax", "target"),
+    *("style", "diversity", "balance", "consistency", "decoder_size", "gate", "projections", "temperature"),
+    "pixel_error",
 )
 """Settings without an option: no other value gained anything in any table (RESULTS.md), or --paper sets it."""
 KINDS = 4
@@ -65,17 +60,17 @@ class LearnConfig:
     num_parts: int = 6
     """Parts to learn."""
     paper: bool = False
-    """The method as the paper states it: the encoder's heads start the part maps, which are trained to rebuild pixels
-    of the whole image. No k-means, whitening or background label."""
+    """The method as the paper prints it (Eq. 1 to 7): part maps start at random and are trained to rebuild the pixels
+    of the whole image; their sum ranks the foreground. No k-means, whitening or background label."""
     background: bool = True
     """Give cells outside the foreground a label of their own."""
     foreground_share: float | None = None
     """Share of an image's cells that count as foreground. Default: Otsu's threshold, image by image."""
-    foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] = "contrast"
+    foreground: Literal["contrast", "border", "component", "cut", "attention", "maps"] | None = None
     """How a cell's foreground rank is computed. contrast: similarity to the object's mean token minus that to the
     background's, both found from the border. border: distance to the border's mean token. component: first principal
-    component of the image's tokens. cut: normalised cut of their graph. attention: class attention. maps: the learned
-    part maps (with --paper)."""
+    component of the image's tokens. cut: normalised cut of their graph. attention: class attention. maps: the sum of
+    the learned part maps. Default: contrast; maps with --paper."""
     where: Literal["foreground", "everywhere"] = "foreground"
     """Which cells the parts are learned on."""
     relative: bool = True
@@ -89,11 +84,20 @@ class LearnConfig:
     kinds: int | None = None
     """Kinds of objects, found from their mean tokens; each kind has part centres of its own, which begin as those of
     all. Default: 4, because photographs show several; 1 where steps are taken."""
+    gate: Literal["double", "sigmoid"] = "double"
+    """Eq. 1's gate: 2 sigmoid, 1 at the start; or sigmoid without biases, as printed, drawn at random."""
+    projections: Literal["part", "shared"] = "part"
+    """Eq. 2's projections: a pair for each part, of a head's width, with biases; or one pair for all without biases, as
+    printed, of the encoder's width."""
+    temperature: Literal["trained", "none"] = "trained"
+    """Factor of Eq. 2's dot product: trained from 1/sqrt(width) on; or none, as printed."""
     softmax: Literal["parts", "positions"] = "parts"
     """Axis of Eq. 2's softmax: each cell chooses its part, or each part its cells."""
     target: Literal["features", "pixels", "both"] = "features"
     """What is rebuilt from the parts: the encoder's tokens, the image (the paper; parts then follow colour), or
     both."""
+    pixel_error: Literal["mean", "sum"] = "mean"
+    """Eq. 5 over the three channels: their mean, or their sum, as printed."""
     style: Literal["class", "nothing"] = "class"
     """What AdaIN is given besides the maps (target pixels): the class token, or nothing of the image."""
     diversity: float = 0.03
@@ -134,6 +138,8 @@ class LearnConfig:
                 object.__setattr__(self, name, value)
         if self.whiten is None:
             object.__setattr__(self, "whiten", 64)
+        if self.foreground is None:
+            object.__setattr__(self, "foreground", "contrast")
         if not 2 <= self.num_parts <= 255:
             raise ValueError(f"num_parts must lie between 2 and 255 (labels are bytes), got {self.num_parts}")
         if self.foreground_share is not None and not 0 < self.foreground_share <= 1:
@@ -175,6 +181,11 @@ class LearnConfig:
                 f"init {self.init} reads the encoder's own tokens; with it, set relative to False, whiten and "
                 "diffusion to 0"
             )
+        if self.init == "heads" and self.projections == "shared":
+            raise ValueError(
+                "one shared pair of projections cannot start as separate heads; with projections shared, set init to "
+                "random or kmeans"
+            )
         if self.foreground == "maps" and self.where == "foreground":
             raise ValueError(
                 "--foreground maps needs maps learned everywhere; with it, take --paper, or set where to everywhere"
@@ -185,6 +196,12 @@ class LearnConfig:
         """`steps`, resolved."""
         assert self.steps is not None
         return self.steps
+
+    @property
+    def scorer(self) -> Literal["contrast", "border", "component", "cut", "attention", "maps"]:
+        """`foreground`, resolved."""
+        assert self.foreground is not None
+        return self.foreground
 
     @property
     def rebuilt_size(self) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -111,12 +112,12 @@ def _encode_all(config: LearnConfig, encoder: Encoder, images: ImageList, count:
     """The first `count` crops of the endless sequence, tokens in fp16."""
     progress = Progress(count, "encoding", "crops")
     pieces: list[TokenCrop] = []
-    for view in _cropped(config, encoder, images, min(ENCODED_AT_ONCE, count), 0):
-        pieces.append(_packed(view, config))
-        progress.advance(min(len(view.pixels), count - progress.done))
-        if progress.done >= count:
-            break
-    progress.close()
+    with closing(progress), closing(_cropped(config, encoder, images, min(ENCODED_AT_ONCE, count), 0)) as views:
+        for view in views:
+            pieces.append(_packed(view, config))
+            progress.advance(min(len(view.pixels), count - progress.done))
+            if progress.done >= count:
+                break
     return TokenCrop(
         torch.cat([piece.pixels for piece in pieces])[:count],
         Tokens(

@@ -39,7 +39,7 @@ def foreground_score(tokens: Tokens, scorer: Scorer) -> Float[Tensor, "batch pat
 def border_distance(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches"]:
     """1 - cos(token, mean token of the image's border cells): objects rarely fill the border."""
     side = round(tokens.shape[1] ** 0.5)
-    border = F.normalize(tokens[:, border_cells(side)].mean(dim=1, keepdim=True), dim=-1)
+    border = F.normalize(tokens[:, border_cells(side, tokens.device)].mean(dim=1, keepdim=True), dim=-1)
     return 1 - (F.normalize(tokens, dim=-1) * border).sum(dim=-1)
 
 
@@ -78,11 +78,11 @@ def normalised_cut(tokens: Float[Tensor, "batch patches dim"]) -> Float[Tensor, 
     return cut - cut.mean(dim=1, keepdim=True)
 
 
-def border_cells(side: int) -> Int64[Tensor, " cells"]:
-    """Indices of the outermost ring of a side x side grid."""
-    edge = torch.zeros(side, side, dtype=torch.bool)
-    edge[[0, -1]] = edge[:, [0, -1]] = True
-    return edge.flatten().nonzero().squeeze(1)
+def border_cells(side: int, device: torch.device | None = None) -> Int64[Tensor, " cells"]:
+    """Indices of the outermost ring of a side x side grid, made where they are used: nothing waits for the device."""
+    first, last = torch.arange(side, device=device), side * (side - 1)
+    inner = side * torch.arange(1, side - 1, device=device)
+    return torch.cat([first, first + last, inner, inner + side - 1]).sort().values
 
 
 def tie_noise(tokens: Tokens, draws: int) -> Float[Tensor, "batch draws"]:

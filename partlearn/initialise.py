@@ -1,6 +1,7 @@
 """Step 0 of the part learner: k-means centres, the encoder's attention heads, or chance."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -75,13 +76,13 @@ def _first(learner: PartLearner, crops: TokenCrops) -> list[tuple[Tokens, Bool[T
     not read of `Tokens` is left empty."""
     progress = Progress(min(START_CROPS, crops.count), "k-means reads", "crops")
     first = []
-    for view in crops.batches(step=0):
-        cells, read = learner.learned_cells(view.tokens), view.tokens.block_tokens.half().cpu()
-        first.append((Tokens(read[:, 0], read[:, :0], read, read.new_empty(len(cells), 1, 0)), cells))
-        progress.advance(min(len(cells), progress.total - progress.done))
-        if progress.done == progress.total:
-            progress.close()
-            return first
+    with closing(progress), closing(crops.batches(step=0)) as batches:
+        for view in batches:
+            cells, read = learner.learned_cells(view.tokens), view.tokens.block_tokens.half().cpu()
+            first.append((Tokens(read[:, 0], read[:, :0], read, read.new_empty(len(cells), 1, 0)), cells))
+            progress.advance(min(len(cells), progress.total - progress.done))
+            if progress.done == progress.total:
+                return first
     raise AssertionError("views never end")
 
 

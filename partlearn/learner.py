@@ -13,7 +13,16 @@ from torch.nn import functional as F
 from encoders.frozen import Tokens
 from encoders.load import BUILTIN
 from encoders.whitening import centred_tokens, mean_token
-from partlearn.attention import PartAttention, Prototypes, Softmax, balanced, part_maps
+from partlearn.attention import (
+    Gate,
+    PartAttention,
+    Projections,
+    Prototypes,
+    Softmax,
+    Temperature,
+    balanced,
+    part_maps,
+)
 from partlearn.decoder import ImageDecoder, blur
 from partlearn.diffusion import diffused
 from partlearn.foreground import Scorer, foreground_rank, foreground_score, object_cells, ties_of
@@ -47,6 +56,10 @@ class LearnerShape:
     decoder_size: int
     kinds: int = 1
     """Kinds of objects with part centres of their own; learners from before there were kinds have one."""
+    gate: Gate = "double"
+    projections: Projections = "part"
+    temperature: Temperature = "trained"
+    """How Eq. 1 and 2 are computed; files that do not say are older than the choice, and are the defaults."""
 
     @property
     def groups(self) -> int:
@@ -62,7 +75,15 @@ class PartLearner(nn.Module):
         self.shape = shape
         self.attention: PartAttention | Prototypes
         if shape.from_class:
-            self.attention = PartAttention(shape.dim, shape.width, shape.parts, shape.dim // shape.heads)
+            self.attention = PartAttention(
+                shape.dim,
+                shape.width,
+                shape.parts,
+                shape.dim if shape.projections == "shared" else shape.dim // shape.heads,
+                gate=shape.gate,
+                projections=shape.projections,
+                temperature=shape.temperature,
+            )
         else:
             self.attention = Prototypes(shape.width, shape.parts)
         if shape.whitened:
@@ -93,7 +114,7 @@ class PartLearner(nn.Module):
         patches = diffused(patches, cells, self.shape.diffusion)
         if self.shape.kinds > 1:
             own = self.kinds.centres(mean_token(tokens.block_tokens[:, 1:], cells))
-            return self.attention.log_scale.exp() * (own @ patches.transpose(1, 2)), patches
+            return self.attention.scale * (own @ patches.transpose(1, 2)), patches
         return self.attention.logits(tokens.block_tokens[:, 0], patches), patches
 
     def seen(self, tokens: Tokens, cells: Bool[Tensor, "batch patches"]) -> Float[Tensor, "batch patches dim"]:

@@ -1,16 +1,23 @@
 """What the part learner minimises; one function an equation, all in fp32."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+PixelError = Literal["mean", "sum"]
+
 
 def pixel_loss(
-    rebuilt: Float[Tensor, "batch 3 height width"], image: Float[Tensor, "batch 3 height width"]
+    rebuilt: Float[Tensor, "batch 3 height width"],
+    image: Float[Tensor, "batch 3 height width"],
+    channels: PixelError = "mean",
 ) -> Float[Tensor, ""]:
-    """Eq. 5: squared error, averaged over pixels and channels (the paper sums channels, which only scales Eq. 6)."""
-    return F.mse_loss(rebuilt.float(), image.float())
+    """Eq. 5: squared error, averaged over pixels, and its mean or (as printed) its sum over the channels: three times
+    the mean, against which Eq. 6 weighs a third."""
+    return F.mse_loss(rebuilt.float(), image.float()) * (image.shape[1] if channels == "sum" else 1)
 
 
 def feature_loss(

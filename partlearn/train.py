@@ -1,6 +1,5 @@
 """The verb `learn-parts`: images and a frozen encoder become a part learner."""
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -114,7 +113,8 @@ class PartLearning(Task):
         distributed.average_gradients(self.learner.parameters())
 
     def figures(self, step: int) -> dict[str, float]:
-        return over_ranks(self.terms | health(self.maps.detach(), self.cells), self.device)
+        terms = {name: term.item() for name, term in self.terms.items()}
+        return over_ranks(terms | health(self.maps.detach(), self.cells), self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.learner.state_dict()
@@ -158,40 +158,44 @@ def _started(task: PartLearning, run: RunFolder) -> dict[str, Any]:
 
 def parts_loss(
     learner: PartLearner, config: LearnConfig, encoder: Encoder, view: TokenCrop
-) -> tuple[Float[Tensor, ""], dict[str, float], Tensor, Tensor]:
+) -> tuple[Float[Tensor, ""], dict[str, Tensor], Tensor, Tensor]:
     """Eq. 7: rebuilding + 0.03 · diversity (+ balance), its terms for the log, the maps and the cells they are on.
 
-    psnr is 10 log10(range² / error) on pixels of range 1, or else 10 log10(1 / error) on tokens of unit length.
+    psnr is 10 log10(range² / error) on pixels of range 1, or else 10 log10(1 / error) on tokens of unit length. Nothing
+    is read back from the device: the terms are scalars there.
     """
     cells = learner.learned_cells(view.tokens)
     logits, tokens = learner.read(view.tokens, cells)
     maps = part_maps(logits, config.softmax, cells)
-    rebuilding, terms = torch.zeros((), device=maps.device), {}
+    rebuilding, terms = torch.zeros((), device=maps.device), dict[str, Tensor]()
     if config.target != "pixels":
         missed = feature_loss(maps, learner.vectors, tokens, cells)
         rebuilding = rebuilding + missed
-        terms["psnr"] = -10 * math.log10(max(missed.item(), 1e-9))
+        terms["psnr"] = _decibels(missed)
     if config.target != "features":
         square = maps.unflatten(2, (config.grid, config.grid))
         image = image_target(view, config.rebuilt_size, encoder)
         known = view.tokens.class_token
         with autocast(image.device, config.run.precision):
             rebuilt = learner.decoder(square, known if config.style == "class" else torch.zeros_like(known))
-        rebuilding = rebuilding + pixel_loss(rebuilt, image)
-        deviation = torch.tensor(encoder.description["std"], device=image.device).reshape(3, 1, 1)
-        terms["psnr"] = -10 * math.log10(max(F.mse_loss(rebuilt * deviation, image * deviation).item(), 1e-9))
+        rebuilding = rebuilding + pixel_loss(rebuilt, image, config.pixel_error)
+        terms["psnr"] = _decibels(F.mse_loss(rebuilt * encoder.std, image * encoder.std))
     diversity = diversity_loss(maps)
     loss = rebuilding + config.diversity * diversity
-    terms |= {"rebuilding": rebuilding.item(), "diversity": diversity.item()}
+    terms |= {"rebuilding": rebuilding.detach(), "diversity": diversity.detach()}
     if config.softmax == "parts" and config.balance:
         balance = balance_loss(maps, cells)
         loss = loss + config.balance * balance
-        terms["balance"] = balance.item()
+        terms["balance"] = balance.detach()
     if view.again:
         unlike = _unlike(learner, config, view.again, maps, cells)
         loss = loss + config.consistency * unlike
-        terms["unlike"] = unlike.item()
+        terms["unlike"] = unlike.detach()
     return loss, terms, maps, cells
+
+
+def _decibels(error: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return -10 * error.detach().float().clamp(min=1e-9).log10()
 
 
 def _unlike(learner: PartLearner, config: LearnConfig, again: Again, maps: Tensor, cells: Tensor) -> Float[Tensor, ""]:
@@ -222,7 +226,7 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         grid=config.grid,
         parts=config.num_parts,
         background=config.background,
-        foreground=config.foreground,
+        foreground=config.scorer,
         foreground_share=config.foreground_share,
         where=config.where,
         relative=config.relative,
@@ -234,6 +238,9 @@ def new_learner(config: LearnConfig, encoder: Encoder) -> PartLearner:
         target=config.target,
         decoder_size=config.rebuilt_size,
         kinds=config.kinds_of_objects,
+        gate=config.gate,
+        projections=config.projections,
+        temperature=config.temperature,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

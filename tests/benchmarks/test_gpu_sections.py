@@ -169,7 +169,7 @@ def test_parts_are_learned_by_every_method_on_images_that_are_not_scored(drawing
     default, tokens, paper = told.values()
     assert (default.updates, default.init, default.paper) == (0, "kmeans", False)
     assert (tokens.updates, tokens.init, tokens.target, tokens.paper) == (50, "kmeans", "features", False)
-    assert (paper.updates, paper.init, paper.target, paper.paper) == (50, "heads", "pixels", True)
+    assert (paper.updates, paper.init, paper.target, paper.paper) == (50, "random", "pixels", True)
     learns = [against_cpu.learn_config(real(drawings), tmp_path, paper=paper) for paper in (False, True)]
     assert [config.paper for config in learns] == [False, True]
 

@@ -132,7 +132,8 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_encoder(form, tm
 def without_effect(learner: PartLearner, config: LearnConfig) -> list[str]:
     """What the mathematics leaves no gradient: a constant under a softmax over positions, and one before AdaIN."""
     constants = [name for name, _ in learner.named_parameters() if ".convs." in name and name.endswith(".bias")]
-    return [*constants, "attention.key_bias"] if config.softmax == "positions" else []
+    shifts = ["attention.key_bias"] if config.projections == "part" else []
+    return [*constants, *shifts] if config.softmax == "positions" else []
 
 
 EVERYWHERE = {

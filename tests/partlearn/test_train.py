@@ -17,7 +17,7 @@ from training import checkpoint
 from training.config import RunConfig
 from training.metrics import read_metrics
 
-LITERAL = {
+FROM_HEADS = {
     "target": "pixels", "where": "everywhere", "init": "heads", "softmax": "positions", "relative": False,
     "whiten": 0, "diffusion": 0,
     "background": False, "decoder_size": 8,
@@ -39,7 +39,7 @@ def weights(run):
     return checkpoint.load_tensors(checkpoint.find(run))[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"crops": 0}, LITERAL], ids=["default", "fresh views", "literal"])
+@pytest.mark.parametrize("changes", [{}, {"crops": 0}, FROM_HEADS], ids=["default", "fresh views", "from heads"])
 def test_stopping_and_resuming_gives_the_same_weights(changes, photos, tmp_path):
     learn(config(photos, tmp_path / "straight", **changes))
 
@@ -50,7 +50,7 @@ def test_stopping_and_resuming_gives_the_same_weights(changes, photos, tmp_path)
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
 
 
-@pytest.mark.parametrize("changes", [{}, LITERAL], ids=["default", "literal"])
+@pytest.mark.parametrize("changes", [{}, FROM_HEADS], ids=["default", "from heads"])
 def test_training_lowers_what_it_minimises_and_logs_its_health(changes, photos, tmp_path):
     learn(config(photos, tmp_path / "run", **changes | {"steps": 41, "base_lr": 0.64}))
 
@@ -109,8 +109,8 @@ def test_tokens_that_are_not_finite_are_not_labelled(photos, tmp_path):
         labeller(np.zeros((2, 64, 64, 3), np.uint8))
 
 
-def test_the_literal_learner_labels_every_cell_with_a_part(photos, tmp_path):
-    learn(config(photos, tmp_path / "run", **LITERAL))
+def test_a_learner_without_a_background_labels_every_cell_with_a_part(photos, tmp_path):
+    learn(config(photos, tmp_path / "run", **FROM_HEADS))
     labeller = open_token_labeller(tmp_path / "run")
 
     parts = labeller(np.zeros((2, 64, 64, 3), np.uint8)).parts
@@ -163,7 +163,7 @@ def test_another_grid_than_the_learned_one_is_refused(photos, tmp_path):
 
 
 def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
-    chosen = config(photos, tmp_path / "run", paper=True, decoder_size=8)
+    chosen = config(photos, tmp_path / "run", **FROM_HEADS)
     rotary = dataclasses.replace(chosen, encoder="random:vit_small_patch16_dinov3_qkvb")
 
     with pytest.raises(ValueError, match="turn their queries and keys by position"):
@@ -171,7 +171,7 @@ def test_heads_that_turn_by_position_cannot_be_the_start(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [LITERAL | {"target": "both"}, LITERAL | {"style": "nothing"}, {"consistency": 1.0, "crops": 0}]
+    "changes", [FROM_HEADS | {"target": "both"}, FROM_HEADS | {"style": "nothing"}, {"consistency": 1.0, "crops": 0}]
 )
 def test_every_loss_trains_what_it_reaches(changes, photos, tmp_path):
     chosen = config(photos, tmp_path / "run", **changes)
@@ -191,23 +191,13 @@ def test_every_loss_trains_what_it_reaches(changes, photos, tmp_path):
 def test_a_style_that_may_know_nothing_is_the_same_for_every_image(photos, tmp_path):
     """Its weights on the class token get no gradient: they only decay."""
     for style in ("class", "nothing"):
-        learn(config(photos, tmp_path / style, **LITERAL, style=style))
+        learn(config(photos, tmp_path / style, **FROM_HEADS, style=style))
 
-    fresh = new_learner(config(photos, tmp_path, **LITERAL), load_encoder("random:vit_tiny_patch16_224", grid=4))
+    fresh = new_learner(config(photos, tmp_path, **FROM_HEADS), load_encoder("random:vit_tiny_patch16_224", grid=4))
     name = "decoder.blocks.0.styles.0.style.weight"
     before = fresh.state_dict()[name]
     knowing, blind = ((weights(tmp_path / style)[name] / before).std() for style in ("class", "nothing"))
     assert blind < 1e-5 < knowing
-
-
-def test_paper_is_the_literal_form(photos, tmp_path):
-    literal = config(photos, tmp_path, paper=True, decoder_size=8)
-
-    assert (literal.target, literal.where, literal.init, literal.softmax) == (
-        "pixels", "everywhere", "heads", "positions",
-    )  # fmt: skip
-    assert not literal.relative
-    assert not literal.background
 
 
 def test_from_the_kmeans_start_no_updates_are_made_unless_asked_for(photos, tmp_path):
