@@ -70,7 +70,7 @@ def masked_per_part(
     permuted = sizes.gather(1, order)
     left = (masked - (permuted.cumsum(dim=1) - permuted)).clamp(min=0)
     whole = torch.zeros_like(sizes).scatter_(1, order, torch.minimum(left, permuted))
-    wanted = (1 - alpha) * inside + alpha * whole
+    wanted = (1 - alpha) * inside + alpha * whole.double()
     floors = (wanted + 1e-9).floor()
     remainders = ((wanted - floors) * 1e9).round()  # ties of exact arithmetic stay ties
     missing = masked - floors.sum(dim=1, keepdim=True)

@@ -67,16 +67,25 @@ def test_the_worked_table_of_the_method_page(order, alpha, expected):
 @given(
     sizes=awkward_sizes,
     ratio=st.sampled_from([0.25, 0.5, 0.6, 0.75, 0.9]),
-    numerator=st.integers(0, 8),
+    alpha=st.fractions(0, 1, max_denominator=60),
     data=st.data(),
 )
-def test_counts_are_those_of_the_loop(sizes, ratio, numerator, data):
+def test_counts_are_those_of_the_loop(sizes, ratio, alpha, data):
     order = data.draw(st.permutations(range(len(sizes))))
     masked = masked_count(sum(sizes), ratio)
 
-    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), masked, numerator / 8)
+    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), masked, float(alpha))
 
-    assert found[0].tolist() == counts(sizes, list(order), masked, Fraction(numerator, 8))
+    assert found[0].tolist() == counts(sizes, list(order), masked, alpha)
+
+
+def test_parts_that_tie_exactly_tie_whatever_alpha_is():
+    """Parts of 1, 1 and 4 patches, masked whole when their turn comes: each wants 2/3 + alpha/3 of a patch more."""
+    sizes, order, alpha = [3, 0, 3, 1, 1, 4], [0, 3, 4, 5, 1, 2], Fraction(27, 343)
+
+    found = masked_per_part(torch.tensor([sizes]), torch.tensor([order]), 8, float(alpha))
+
+    assert found[0].tolist() == counts(sizes, order, 8, alpha) == [2, 0, 2, 1, 1, 2]
 
 
 @given(sizes=awkward_sizes, ratio=st.floats(0.05, 0.95), alpha=st.floats(0, 1), seed=st.integers(0, 99))
