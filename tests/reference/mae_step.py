@@ -1,0 +1,173 @@
+"""A pretraining as MAE and SemMAE write it: an image, a head and a weight at a time, in float64.
+
+MAE: arXiv:2111.06377, section 3 and tables 8 and 9. SemMAE: arXiv:2206.10207, Algorithm 1. AdamW: arXiv:1711.05101.
+"""
+
+import io
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from PIL import Image
+from reference.algorithm1 import counts, mask_of
+from torch import Tensor
+
+from shards.crops import sample_boxes
+from shards.order import permutation
+from shards.rng import FLIP, MASK, PART_ORDER, uniform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def taken(count: int, step: int, config) -> list[tuple[int, int]]:
+    """Epoch and index of every image of a step: epoch after epoch, each in its own order."""
+    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    orders = {epoch: permutation(count, seed=config.seed, epoch=epoch) for epoch in {at // count for at in places}}
+    return [(at // count, int(orders[at // count][at % count])) for at in places]
+
+
+def shown(sample, config, groups: int, *, epoch: int, progress: Fraction) -> tuple[Tensor, list[int], list[int]]:
+    """What the model gets of one image: normalised pixels, visible and masked patches. A patch is a cell here."""
+    key = config.seed, np.array([epoch]), np.array([sample.index])
+    grid = len(sample.parts)
+    size = grid * config.patch
+    box = (0, 0, size, size)
+    if config.crop_scale < 1:
+        box = tuple(sample_boxes(*key, size=size, scale=config.crop_scale)[0].tolist())
+    flip = config.flip and bool(uniform(*key, FLIP, 1)[0, 0] < 0.5)
+    parts, ranks = (_cut_cells(cells, size, box) for cells in (sample.parts, sample.fgrank))
+    cells = [row[::-1] if flip else row for row in np.arange(grid * grid).reshape(grid, grid).tolist()]
+    cell_of_patch = [cell for row in cells for cell in row]  # before mirroring
+    best = sorted(range(grid * grid), key=lambda cell: (ranks[cell], cell))[: round(config.keep_share * grid * grid)]
+    kept = [patch for patch, cell in enumerate(cell_of_patch) if cell in best]
+    labels = [parts[cell_of_patch[patch]] for patch in kept]
+    mask = _mask(labels, config, groups, key, progress)
+    visible = [patch for patch, hidden in zip(kept, mask, strict=True) if not hidden]
+    masked = [patch for patch, hidden in zip(kept, mask, strict=True) if hidden]
+    return _pixels(sample.jpeg, size, box, flip), visible, masked
+
+
+def _mask(labels: list[int], config, groups: int, key, progress: Fraction) -> list[bool]:
+    masked = len(labels) - int(len(labels) * (1 - config.mask_ratio))
+    noise = uniform(*key, MASK, len(labels))[0].tolist()
+    if config.masking == "random":
+        least = sorted(range(len(labels)), key=lambda place: noise[place])[:masked]
+        return [place in least for place in range(len(labels))]
+    turn = uniform(*key, PART_ORDER, groups)[0].tolist()
+    sizes = [labels.count(part) for part in range(groups)]
+    order = sorted(range(groups), key=lambda part: turn[part])
+    return mask_of(labels, noise, counts(sizes, order, masked, progress ** int(config.gamma)))
+
+
+def _pixels(jpeg: bytes, size: int, box: tuple[int, ...], flip: bool) -> Tensor:
+    """The stored image, cut, put back to its size by Pillow's bicubic, mirrored, and as a ViT reads it."""
+    image = Image.open(io.BytesIO(jpeg))
+    x, y, width, height = box
+    if box != (0, 0, size, size):
+        image = image.crop((x, y, x + width, y + height)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float64))
+    pixels = torch.stack([(pixels[..., channel] / 255 - MEAN[channel]) / STD[channel] for channel in range(3)])
+    return pixels.flip(-1) if flip else pixels
+
+
+def _cut_cells(cells: np.ndarray, size: int, box: tuple[int, ...]) -> list[int]:
+    grid, (x, y, width, height) = len(cells), box
+    centres = [(place + 0.5) / grid for place in range(grid)]
+    return [
+        int(cells[int((y + v * height) / size * grid), int((x + u * width) / size * grid)])
+        for v in centres
+        for u in centres
+    ]
+
+
+def loss(weights: dict[str, Tensor], config, images: list[tuple[Tensor, list[int], list[int]]]) -> Tensor:
+    """Mean squared error over the pixels of the masked patches of all images."""
+    errors = []
+    for pixels, visible, masked in images:
+        patches = _patches(pixels, config.patch)
+        guesses = _guesses(weights, config, patches, visible, masked)
+        for guess, patch in zip(guesses, masked, strict=True):
+            target = patches[patch]
+            if config.norm_pix_loss:
+                target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
+            errors.append(((guess - target) ** 2).mean())
+    return torch.stack(errors).mean()
+
+
+def _patches(pixels: Tensor, patch: int) -> Tensor:
+    side = pixels.shape[-1] // patch
+    cut = [
+        pixels[:, row * patch : (row + 1) * patch, col * patch : (col + 1) * patch].flatten()
+        for row in range(side)
+        for col in range(side)
+    ]
+    return torch.stack(cut)
+
+
+def _guesses(weights, config, patches: Tensor, visible: list[int], masked: list[int]) -> Tensor:
+    side = round(len(patches) ** 0.5)
+    where, where_decoded = _positions(config.embed_dim, side), _positions(config.decoder_dim, side)
+    kernel = weights["encoder.patch_embed.proj.weight"].flatten(1)
+    tokens = [weights["encoder.cls_token"][0, 0]]
+    tokens += [kernel @ patches[p] + weights["encoder.patch_embed.proj.bias"] + where[p] for p in visible]
+    x = torch.stack(tokens)
+    for number in range(config.depth):
+        x = _block(weights, f"encoder.blocks.{number}", x, config.heads)
+    x = _linear(weights, "decoder_embed", _norm(weights, "encoder.norm", x))
+    seen = [x[1 + place] + where_decoded[p] for place, p in enumerate(visible)]
+    hidden = [weights["mask_token"][0, 0] + where_decoded[p] for p in masked]
+    x = torch.stack([x[0], *seen, *hidden])
+    for number in range(config.decoder_depth):
+        x = _block(weights, f"decoder_blocks.{number}", x, config.decoder_heads)
+    return _linear(weights, "decoder_pixels", _norm(weights, "decoder_norm", x))[1 + len(visible) :]
+
+
+def _positions(dim: int, side: int) -> Tensor:
+    rates = [10_000 ** (-k / (dim / 4)) for k in range(dim // 4)]
+    axis = [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in range(side)]
+    return torch.tensor([axis[col] + axis[row] for row in range(side) for col in range(side)], dtype=torch.float64)
+
+
+def _block(weights, name: str, x: Tensor, heads: int) -> Tensor:
+    queries, keys, values = _linear(weights, f"{name}.attn.qkv", _norm(weights, f"{name}.norm1", x)).chunk(3, dim=1)
+    width = x.shape[1] // heads
+    mixed = []
+    for first in range(0, x.shape[1], width):
+        q, k, v = (every[:, first : first + width] for every in (queries, keys, values))
+        mixed.append(torch.softmax(q @ k.T / width**0.5, dim=1) @ v)
+    x = x + _linear(weights, f"{name}.attn.proj", torch.cat(mixed, dim=1))
+    inner = _linear(weights, f"{name}.mlp.fc1", _norm(weights, f"{name}.norm2", x))
+    gelu = inner * (1 + torch.erf(inner / 2**0.5)) / 2
+    return x + _linear(weights, f"{name}.mlp.fc2", gelu)
+
+
+def _linear(weights, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _norm(weights, name: str, x: Tensor) -> Tensor:
+    centred = x - x.mean(dim=1, keepdim=True)
+    deviation = ((centred**2).mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    return centred / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+class AdamW:
+    """Decoupled decay of matrices, then Adam's step with bias correction."""
+
+    def __init__(self, weights: dict[str, Tensor], *, betas: tuple[float, float], decay: float):
+        self.weights, self.betas, self.decay, self.steps = weights, betas, decay, 0
+        self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def step(self, gradients: dict[str, Tensor], rate: float) -> None:
+        self.steps += 1
+        one, two = self.betas
+        for name, gradient in gradients.items():
+            weight, decayed = self.weights[name], name.endswith("weight") and "norm" not in name
+            self.first[name] = one * self.first[name] + (1 - one) * gradient
+            self.second[name] = two * self.second[name] + (1 - two) * gradient**2
+            mean = self.first[name] / (1 - one**self.steps)
+            square = self.second[name] / (1 - two**self.steps)
+            weight = weight - rate * self.decay * weight if decayed else weight
+            self.weights[name] = weight - rate * mean / (square.sqrt() + 1e-8)
