@@ -1,6 +1,6 @@
 """A pretraining as MAE and SemMAE write it: an image, a head and a weight at a time, in float64.
 
-MAE: arXiv:2111.06377, section 3 and tables 8 and 9. SemMAE: arXiv:2206.10207, Algorithm 1. AdamW: arXiv:1711.05101.
+MAE: arXiv:2111.06377, section 3 and tables 8 and 9. SemMAE: arXiv:2206.10207, Algorithm 1.
 """
 
 import io
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from reference.algorithm1 import counts, mask_of
+from reference.vit import block, linear, norm, patches_of
 from torch import Tensor
 
 from shards.crops import sample_boxes
@@ -85,7 +86,7 @@ def loss(weights: dict[str, Tensor], config, images: list[tuple[Tensor, list[int
     """Mean squared error over the pixels of the masked patches of all images."""
     errors = []
     for pixels, visible, masked in images:
-        patches = _patches(pixels, config.patch)
+        patches = patches_of(pixels, config.patch)
         guesses = _guesses(weights, config, patches, visible, masked)
         for guess, patch in zip(guesses, masked, strict=True):
             target = patches[patch]
@@ -93,16 +94,6 @@ def loss(weights: dict[str, Tensor], config, images: list[tuple[Tensor, list[int
                 target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
             errors.append(((guess - target) ** 2).mean())
     return torch.stack(errors).mean()
-
-
-def _patches(pixels: Tensor, patch: int) -> Tensor:
-    side = pixels.shape[-1] // patch
-    cut = [
-        pixels[:, row * patch : (row + 1) * patch, col * patch : (col + 1) * patch].flatten()
-        for row in range(side)
-        for col in range(side)
-    ]
-    return torch.stack(cut)
 
 
 def _guesses(weights, config, patches: Tensor, visible: list[int], masked: list[int]) -> Tensor:
@@ -113,61 +104,17 @@ def _guesses(weights, config, patches: Tensor, visible: list[int], masked: list[
     tokens += [kernel @ patches[p] + weights["encoder.patch_embed.proj.bias"] + where[p] for p in visible]
     x = torch.stack(tokens)
     for number in range(config.depth):
-        x = _block(weights, f"encoder.blocks.{number}", x, config.heads)
-    x = _linear(weights, "decoder_embed", _norm(weights, "encoder.norm", x))
+        x = block(weights, f"encoder.blocks.{number}", x, config.heads)
+    x = linear(weights, "decoder_embed", norm(weights, "encoder.norm", x))
     seen = [x[1 + place] + where_decoded[p] for place, p in enumerate(visible)]
     hidden = [weights["mask_token"][0, 0] + where_decoded[p] for p in masked]
     x = torch.stack([x[0], *seen, *hidden])
     for number in range(config.decoder_depth):
-        x = _block(weights, f"decoder_blocks.{number}", x, config.decoder_heads)
-    return _linear(weights, "decoder_pixels", _norm(weights, "decoder_norm", x))[1 + len(visible) :]
+        x = block(weights, f"decoder_blocks.{number}", x, config.decoder_heads)
+    return linear(weights, "decoder_pixels", norm(weights, "decoder_norm", x))[1 + len(visible) :]
 
 
 def _positions(dim: int, side: int) -> Tensor:
     rates = [10_000 ** (-k / (dim / 4)) for k in range(dim // 4)]
     axis = [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in range(side)]
     return torch.tensor([axis[col] + axis[row] for row in range(side) for col in range(side)], dtype=torch.float64)
-
-
-def _block(weights, name: str, x: Tensor, heads: int) -> Tensor:
-    queries, keys, values = _linear(weights, f"{name}.attn.qkv", _norm(weights, f"{name}.norm1", x)).chunk(3, dim=1)
-    width = x.shape[1] // heads
-    mixed = []
-    for first in range(0, x.shape[1], width):
-        q, k, v = (every[:, first : first + width] for every in (queries, keys, values))
-        mixed.append(torch.softmax(q @ k.T / width**0.5, dim=1) @ v)
-    x = x + _linear(weights, f"{name}.attn.proj", torch.cat(mixed, dim=1))
-    inner = _linear(weights, f"{name}.mlp.fc1", _norm(weights, f"{name}.norm2", x))
-    gelu = inner * (1 + torch.erf(inner / 2**0.5)) / 2
-    return x + _linear(weights, f"{name}.mlp.fc2", gelu)
-
-
-def _linear(weights, name: str, x: Tensor) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def _norm(weights, name: str, x: Tensor) -> Tensor:
-    centred = x - x.mean(dim=1, keepdim=True)
-    deviation = ((centred**2).mean(dim=1, keepdim=True) + 1e-6).sqrt()
-    return centred / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-class AdamW:
-    """Decoupled decay of matrices, then Adam's step with bias correction."""
-
-    def __init__(self, weights: dict[str, Tensor], *, betas: tuple[float, float], decay: float):
-        self.weights, self.betas, self.decay, self.steps = weights, betas, decay, 0
-        self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-
-    def step(self, gradients: dict[str, Tensor], rate: float) -> None:
-        self.steps += 1
-        one, two = self.betas
-        for name, gradient in gradients.items():
-            weight, decayed = self.weights[name], name.endswith("weight") and "norm" not in name
-            self.first[name] = one * self.first[name] + (1 - one) * gradient
-            self.second[name] = two * self.second[name] + (1 - two) * gradient**2
-            mean = self.first[name] / (1 - one**self.steps)
-            square = self.second[name] / (1 - two**self.steps)
-            weight = weight - rate * self.decay * weight if decayed else weight
-            self.weights[name] = weight - rate * mean / (square.sqrt() + 1e-8)
