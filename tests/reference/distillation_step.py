@@ -37,6 +37,45 @@ def crops_of(images: Tensor, config, *, step: int) -> tuple[Tensor, Tensor, Tens
     return torch.cat(shown[config.size]), torch.cat(shown[config.local_size]), masks
 
 
+def pair_of(images: Tensor, sizes: tuple[int, int], *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """One crop of each image in other colours, at two sizes, in [0, 1]."""
+    draws, pixels = generator_of(seed, step), images.permute(0, 3, 1, 2) / 255
+    boxes = random_boxes(len(pixels), scale=(0.35, 1.0), generator=draws)
+    flip = torch.rand(len(pixels), generator=draws) < 0.5
+    lit = jitter_colour(pixels, strength=0.4, generator=draws)
+    return crop(lit, boxes, sizes[0], flip), crop(lit, boxes, sizes[1], flip)
+
+
+class FromTeacher:
+    """What a frozen teacher says of images, and how far a student's tokens point elsewhere."""
+
+    def __init__(self, teacher: dict[str, Tensor], heads: int):
+        self.teacher = {f"teacher.{name}": one.double() for name, one in teacher.items()}
+        self.heads, self.classes, self.patches, self.relative = heads, [], [], []
+
+    def losses(
+        self, student: dict[str, Tensor], heads: int, seen: Tensor, ours: Tensor, class_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """1 - cosine with the teacher's tokens less their mean over all steps; patches also within their image, along
+        the sixth of the directions in which they vary most, each of deviation 1."""
+        theirs = torch.stack([tokens_of(self.teacher, "teacher", self.heads, one) for one in seen])
+        within = theirs[:, 1:] - theirs[:, 1:].mean(dim=1, keepdim=True)
+        self.classes.append(theirs[:, 0].mean(dim=0))
+        self.patches.append(theirs[:, 1:].mean(dim=(0, 1)))
+        self.relative.append(within.flatten(0, 1))
+        points = torch.cat(self.relative)
+        variances, directions = np.linalg.eigh((points.T @ points / len(points)).numpy())
+        most = len(variances) // 6
+        whitening = torch.from_numpy(directions[:, -most:] / np.sqrt(variances[-most:]))
+        tokens = torch.stack([tokens_of(student, "student", heads, one) for one in ours])
+        of_class = linear(student, "class_projection", tokens[:, 0])
+        of_cells = linear(student, "patch_projection", tokens[:, 1:])
+        cells = of_cells - of_cells.mean(dim=1, keepdim=True)
+        of_image = _apart(of_class, theirs[:, 0] - torch.stack(self.classes).mean(dim=0))
+        of_patches = _apart(of_cells, theirs[:, 1:] - torch.stack(self.patches).mean(dim=0))
+        return class_weight * of_image, of_patches + _apart(cells @ whitening, within @ whitening)
+
+
 class SelfDistillation:
     """A student, its teacher and both centres; weights by name, float64."""
 
@@ -49,13 +88,13 @@ class SelfDistillation:
 
     def losses(self, student: dict[str, Tensor], big: Tensor, small: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Class loss and patch loss; keeps the teacher's logits for `follow`."""
-        images = len(big) // 2
-        seen = [self._tokens(self.teacher, "teacher", one) for one in big]
+        images, heads = len(big) // 2, self.config.heads
+        seen = [tokens_of(self.teacher, "teacher", heads, one) for one in big]
         self.of_class = _head(self.teacher, "teacher_head", torch.stack([one[0] for one in seen]))
         hidden = [one[1:][mask] for one, mask in zip(seen, masks, strict=True)]
         self.of_patch = _head(self.teacher, "teacher_head", torch.cat(hidden))
-        ours = [self._tokens(student, "student", one, mask) for one, mask in zip(big, masks, strict=True)]
-        classes = [one[0] for one in ours] + [self._tokens(student, "student", one)[0] for one in small]
+        ours = [tokens_of(student, "student", heads, one, mask) for one, mask in zip(big, masks, strict=True)]
+        classes = [one[0] for one in ours] + [tokens_of(student, "student", heads, one)[0] for one in small]
         guesses = _head(student, "student_head", torch.stack(classes)).unflatten(0, (-1, images))
         hidden = torch.cat([one[1:][mask] for one, mask in zip(ours, masks, strict=True)])
         told = _targets(self.of_class, self.class_centre).unflatten(0, (2, images))
@@ -72,15 +111,19 @@ class SelfDistillation:
         self.class_centre = 0.9 * self.class_centre + 0.1 * self.of_class.mean(dim=0)
         self.patch_centre = 0.9 * self.patch_centre + 0.1 * self.of_patch.mean(dim=0)
 
-    def _tokens(self, weights, name: str, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
-        kernel = weights[f"{name}.patch_embed.proj.weight"].flatten(1)
-        x = patches_of(pixels, self.config.patch) @ kernel.T + weights[f"{name}.patch_embed.proj.bias"]
-        if mask is not None:
-            x = torch.stack([weights["mask_token"] if hidden else row for row, hidden in zip(x, mask, strict=True)])
-        x = torch.cat([weights[f"{name}.cls_token"][0], x]) + _positions(weights[f"{name}.pos_embed"][0], len(x))
-        for number in range(self.config.depth):
-            x = block(weights, f"{name}.blocks.{number}", x, self.config.heads)
-        return norm(weights, f"{name}.norm", x)
+
+def tokens_of(weights: dict[str, Tensor], name: str, heads: int, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Class token and patch tokens of one image after the last norm; the mask token where `mask`."""
+    kernel = weights[f"{name}.patch_embed.proj.weight"].flatten(1)
+    patch = round((kernel.shape[1] / 3) ** 0.5)
+    x = patches_of(pixels, patch) @ kernel.T + weights[f"{name}.patch_embed.proj.bias"]
+    if mask is not None:
+        x = torch.stack([weights["mask_token"] if hidden else row for row, hidden in zip(x, mask, strict=True)])
+    x = torch.cat([weights[f"{name}.cls_token"][0], x]) + _positions(weights[f"{name}.pos_embed"][0], 1 + len(x))
+    depth = len({key.split(".blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
+    for number in range(depth):
+        x = block(weights, f"{name}.blocks.{number}", x, heads)
+    return norm(weights, f"{name}.norm", x)
 
 
 def clipped(gradients: dict[str, Tensor], largest: float) -> dict[str, Tensor]:
@@ -89,9 +132,9 @@ def clipped(gradients: dict[str, Tensor], largest: float) -> dict[str, Tensor]:
     return {name: one * min(1.0, largest / length) for name, one in gradients.items()}
 
 
-def _positions(table: Tensor, patches: int) -> Tensor:
-    """Those of the grid of this many patches, bicubic from the table's own."""
-    own, side = round((len(table) - 1) ** 0.5), round(patches**0.5)
+def _positions(table: Tensor, tokens: int) -> Tensor:
+    """Those of a grid of this many tokens, bicubic from the table's own."""
+    own, side = round((len(table) - 1) ** 0.5), round((tokens - 1) ** 0.5)
     square = table[1:].T.reshape(1, -1, own, own)
     fitted = F.interpolate(square, (side, side), mode="bicubic", antialias=True) if own != side else square
     return torch.cat([table[:1], fitted.flatten(2)[0].T])
@@ -114,3 +157,7 @@ def _targets(logits: Tensor, centre: Tensor) -> Tensor:
 
 def _cross_entropy(told: Tensor, guessed: Tensor) -> Tensor:
     return -(told * (guessed / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    return (1 - (one * other).sum(dim=-1) / (one.norm(dim=-1) * other.norm(dim=-1))).mean()

@@ -8,6 +8,7 @@ from reference import distillation_step as slow
 from reference.vit import AdamW
 from stripes import draw_stripes, tiny
 from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from watch import Watched, watching
 
 from encoders.distill.config import EncoderConfig
@@ -105,3 +106,66 @@ def test_losses_teacher_and_centres_are_those_of_the_slow_twin(run):
         if name == "norm.bias":  # nor has what the head's batch normalisation takes away
             continue
         assert difference.max() < 2e-5, name
+
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> tuple[Run, dict[str, torch.Tensor]]:
+    """A run from a teacher whose pixels have a mean of their own, and the teacher's weights."""
+    folder = tmp_path_factory.mktemp("taught")
+    torch.manual_seed(0)
+    weights = VisionTransformer(num_classes=0, **VIT).state_dict()
+    weights = {name: one + 0.1 * torch.randn_like(one) for name, one in weights.items()}
+    vit = VIT | {"mean": MEAN, "std": STD, "source": "test"}
+    checkpoint.save(folder / "teacher", 1, weights, metadata={"vit": vit}, state={})
+    images = draw_stripes(folder / "images", 10)
+    settings = SETTINGS | {"teacher": f"run:{folder / 'teacher'}", "class_weight": 0.5}
+    config = tiny(images, folder / "run", **settings)
+    with watching(PatchEmbed) as watched:
+        distill(config)
+    with ImageBatches(list_images(images), size=32, batch_size=6, seed=3) as batches:
+        images = [images for _, (images, _) in zip(range(STEPS), batches, strict=False)]
+    return Run(config, watched, images), weights
+
+
+def test_teacher_and_student_see_one_crop_each_by_its_own_mean_and_deviation(taught):
+    run, _ = taught
+    assert len(run.watched.inputs) == 2 * STEPS
+    assert [groups[0]["lr"] for groups in run.watched.steps] == pytest.approx(RATES, rel=1e-6)
+    for step, images in enumerate(run.images):
+        ours, theirs = slow.pair_of(images, (16, 32), seed=3, step=step)
+        (first,), (second,) = run.watched.inputs[2 * step : 2 * step + 2]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        assert torch.allclose(first, ((255 * theirs).round() / 255 - mean) / std, atol=1e-5)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (slow.MEAN, slow.STD))
+        assert torch.allclose(second, (ours - mean) / std, atol=1e-5)
+
+
+def test_losses_from_a_teacher_are_those_of_the_slow_twin(taught):
+    run, weights = taught
+    twin = slow.FromTeacher(weights, heads=3)
+    drawn = {name: one.double() for name, one in new_objective(run.config).named_parameters()}
+    apart = ("cls_token", "pos_embed")
+    matrices = {name for name, one in drawn.items() if one.ndim > 1 and not name.endswith(apart)}
+    optimizer = AdamW(drawn, betas=(0.9, 0.999), decay=0.3, decayed=matrices)
+    logged = read_metrics(run.config.run.out)
+    for step in range(STEPS):
+        seen, ours = (run.watched.inputs[2 * step + place][0].double() for place in range(2))
+        leaves = {name: weight.detach().requires_grad_() for name, weight in optimizer.weights.items()}
+        losses = twin.losses(leaves, 2, seen, ours, 0.5)
+        told = [logged[step][name] for name in ("loss_class", "loss_patch", "loss")]
+        assert told == pytest.approx([one.item() for one in (*losses, sum(losses))], rel=1e-4)
+        gradients = dict(zip(leaves, torch.autograd.grad(sum(losses), list(leaves.values())), strict=True))
+        optimizer.step(slow.clipped(gradients, 3.0), RATES[step])
+
+
+def test_a_checkpoint_says_what_the_encoders_pixels_and_patches_were(run):
+    _, told = checkpoint.load_tensors(checkpoint.find(run.config.run.out))
+
+    assert told["vit"] == {
+        "img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "source": "encoder",
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
