@@ -21,7 +21,10 @@ HERE = Path(__file__).parents[1]
 LIST = Path(__file__).with_name("faults.toml")
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torchvision", "timm", "pyarrow.parquet"])
+SERVER.set_forkserver_preload(
+    ["torch.utils.tensorboard", "torch._dynamo", "torchvision", "timm.optim", "hypothesis", "scipy.optimize"]
+)
+"""Slow to load, and not ours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,136 @@
+"""What the steps of `learn-parts` receive and do, beside numbers written out and sums over cells."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import photographs
+from timm.layers import PatchEmbed
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from watch import watching
+
+from encoders.load import load_encoder
+from partlearn.config import LearnConfig
+from partlearn.train import PartLearning, learn, parts_loss
+from training.config import RunConfig
+from training.metrics import read_metrics
+
+RATES = {0: 0.0, 1: 0.0005, 2: 0.001, 5: 0.00093301270, 11: 0.0005}
+"""Two of twenty steps up to 0.064 · 4 / 256, then half a cosine down."""
+PIXELS = {
+    "target": "pixels", "where": "everywhere", "init": "heads", "softmax": "positions", "relative": False,
+    "whiten": 0, "diffusion": 0, "background": False, "decoder_size": 8,
+}  # fmt: skip
+
+
+def config(folder, **changes) -> LearnConfig:
+    photos = folder / "photos"
+    settings = {"grid": 4, "num_parts": 3, "crops": 0, "steps": 20, "batch_size": 4, "base_lr": 0.064} | changes
+    return LearnConfig(
+        images=str(photos if photos.exists() else photographs(photos, 6)),
+        encoder="random:vit_tiny_patch16_224",
+        run=RunConfig(out=folder / "run", device="cpu", precision="fp32"),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, PIXELS], ids=["features", "pixels"])
+def test_rates_groups_crops_and_the_sum_of_the_loss_are_those_that_were_asked_for(changes, tmp_path):
+    settings = config(tmp_path, **changes)
+    with watching(PatchEmbed) as watched:
+        learn(settings, stop_after_steps=12)
+
+    assert len(watched.steps) == 12
+    for step, expected in RATES.items():
+        assert watched.rates()[step] == pytest.approx([expected] * 2, rel=1e-6)
+    matrices, others = watched.steps[0]
+    assert [group["weight_decay"] for group in (matrices, others)] == [0.01, 0.0]
+    assert [group["betas"] for group in (matrices, others)] == [(0.9, 0.99)] * 2
+    assert all(one.ndim > 1 for one in matrices["params"])
+    for (crops,) in watched.inputs:  # bytes over 255, less a mean of .5, over a deviation of .5: this ViT's own
+        bytes_ = (crops * 0.5 + 0.5) * 255
+        assert (bytes_ - bytes_.round()).abs().max() < 1e-3
+        assert bytes_.min() > -1e-3
+        assert 150 < bytes_.max() < 255.001
+    for line in read_metrics(settings.run.out):
+        balance = 0.1 * line["balance"] if not changes else 0
+        assert line["diversity"] > 0
+        assert line["loss"] == pytest.approx(line["rebuilding"] + 0.03 * line["diversity"] + balance, rel=1e-5)
+
+
+def test_gradients_are_scaled_down_to_a_norm_of_1(tmp_path):
+    norms = []
+
+    def note(optimizer, *_) -> None:
+        weights = [one for group in optimizer.param_groups for one in group["params"]]
+        norms.append(math.sqrt(sum(float(one.grad.square().sum()) for one in weights if one.grad is not None)))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        learn(config(tmp_path, diversity=300.0), stop_after_steps=3)
+    finally:
+        hook.remove()
+
+    assert norms == pytest.approx([1.0] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, PIXELS], ids=["features", "pixels"])
+def test_the_loss_of_a_batch_is_eq_5_to_7_cell_by_cell(changes, tmp_path):
+    settings = config(tmp_path, **changes)
+    encoder = load_encoder(settings.encoder, grid=4, precision="fp32")
+    task = PartLearning(settings, encoder)
+    task.open(0)
+    view = next(task.batches)
+    with torch.no_grad():
+        loss, terms, _, cells = parts_loss(task.learner, settings, encoder, view)
+        logits, tokens = task.learner.read(view.tokens, cells)
+    task.close()
+
+    maps = [slow_maps(*one, settings.softmax) for one in zip(logits.tolist(), cells.tolist(), strict=True)]
+    diversity = np.mean([slow_diversity(one) for one in maps])
+    expected = 0.03 * diversity
+    if settings.target == "features":
+        vectors = task.learner.vectors.detach().double().numpy()
+        rebuilding = np.mean([slow_features(*one, vectors) for one in zip(maps, tokens.double().numpy(), strict=True)])
+        use = np.sum([one.sum(axis=1) for one in maps], axis=0) / cells.sum().item()
+        expected += 0.1 * sum(share * math.log(3 * share) for share in use)
+    else:
+        square = torch.tensor(np.stack(maps), dtype=torch.float32).unflatten(2, (4, 4))
+        with torch.no_grad():
+            rebuilt = task.learner.decoder(square, view.tokens.class_token)
+        seen = (view.pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+        rebuilding = (rebuilt - F.avg_pool2d(seen, 64 // 8)).square().mean().item()
+    assert terms["diversity"] == pytest.approx(diversity, rel=1e-4)
+    assert terms["rebuilding"] == pytest.approx(rebuilding, rel=1e-4)
+    assert loss.item() == pytest.approx(rebuilding + expected, rel=1e-4)
+
+
+def slow_maps(logits: list[list[float]], inside: list[bool], softmax: str) -> np.ndarray:
+    """M of Eq. 2: each inside cell shares itself out, or each part its mass, of one a cell, over the inside cells."""
+    scores = np.exp(np.array(logits, dtype=np.float64) - np.max(logits)) * inside
+    if softmax == "parts":
+        return np.divide(scores, scores.sum(axis=0), where=np.array(inside), out=np.zeros_like(scores))
+    return scores / scores.sum(axis=1, keepdims=True) * sum(inside)
+
+
+def slow_diversity(maps: np.ndarray) -> float:
+    """Eq. 6: cos² of every two different maps, over the square of their number."""
+    parts, total = len(maps), 0.0
+    for i in range(parts):
+        for j in range(parts):
+            if i != j:
+                total += (maps[i] @ maps[j] / np.linalg.norm(maps[i]) / np.linalg.norm(maps[j])) ** 2
+    return total / parts**2
+
+
+def slow_features(maps: np.ndarray, tokens: np.ndarray, vectors: np.ndarray) -> float:
+    """Eq. 5 on tokens: how far each inside token is from the mean of part vectors by its shares."""
+    missed = whole = 0.0
+    for cell in range(maps.shape[1]):
+        if maps[:, cell].sum():
+            shares = maps[:, cell] / maps[:, cell].sum()
+            missed += ((tokens[cell] - shares @ vectors) ** 2).sum()
+            whole += (tokens[cell] ** 2).sum()
+    return missed / whole
