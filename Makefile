@@ -1,5 +1,5 @@
-# make venv | demo [IMAGES=DIR] | test | test-fast (no Ray, processes or learning) | check | fix | lock    TORCH=cpu takes PyTorch's CPU build (needs the internet)
-.PHONY: venv demo test test-fast check fix lock
+# make venv | demo [IMAGES=DIR] | test | test-fast (no Ray, processes or learning) | check | fix | lock | faults [NAME=WORD]    TORCH=cpu takes PyTorch's CPU build (needs the internet)
+.PHONY: venv demo test test-fast check fix lock faults
 .DEFAULT_GOAL := demo
 TORCH ?= $(shell cat .venv/torch 2>/dev/null || echo default)
 PYTHON ?= python3
@@ -34,6 +34,9 @@ test: venv
 
 test-fast: venv
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"
+
+faults: venv
+	@$(BIN)/python tests/faults.py $(if $(NAME),"$(NAME)")
 
 check: venv
 	@$(BIN)/ruff format --check .

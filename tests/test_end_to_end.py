@@ -122,8 +122,11 @@ def test_eight_jpegs_go_through_every_verb(tmp_path):
     assert knn["value"] in (0, 50, 100)  # of two held-out images
     assert probe["value"] in [100 * right / 8 for right in range(9)]
 
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs/shards").rglob("*.tar")}
     again = semmae(*commands[2], folder=tmp_path)
     assert again.returncode == 0
+    assert shards
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
-"""The sheet of a pretraining run."""
+"""The sheet of a pretraining: it shows the seed's samples and no others, and what it hides is what the masks hide."""
+
+import dataclasses
+import io
+from fractions import Fraction
 
 import numpy as np
 from PIL import Image
+from reference import mae_step
 
-from pipeline.figures.pretrain_sheet import COLUMNS, _pick, draw_sheet
+from pipeline.figures.pretrain_sheet import COLUMNS, HIDDEN, _pick, draw_sheet
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.train import pretrain
 from shards.batches import in_order
 from shards.order import permutation
 from shards.shard_set import ShardSet
-from training.contact_sheet import CELL, GAP, ROWS
+from training.contact_sheet import CELL, GAP, HEADER, ROWS
 
 MODEL = {"patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -45,3 +50,36 @@ def test_a_sheet_reads_no_sample_that_it_does_not_show(make_shards, tmp_path):
         assert sheet.width == GAP + len(COLUMNS) * (CELL + GAP)
         rows = np.asarray(sheet)[-ROWS * (CELL + GAP) :]
     assert all(rows[n * (CELL + GAP) : n * (CELL + GAP) + CELL, :CELL].std() > 5 for n in range(ROWS))
+
+
+def patches(sheet: Image.Image, column: int, row: int) -> list[tuple[int, ...]]:
+    """The middle pixel of each of the 4 x 4 patches of a tile."""
+    left, top = GAP + (CELL + GAP) * column, HEADER + (CELL + GAP) * row
+    middles = [CELL // 8 + CELL // 4 * place for place in range(4)]
+    return [sheet.getpixel((left + x, top + y)) for y in middles for x in middles]
+
+
+def test_each_column_shows_the_images_their_masks_of_that_progress_and_what_was_visible(make_shards, tmp_path):
+    shards, run = make_shards(count=24), StreamRun(out=tmp_path / "run", device="cpu", precision="fp32")
+    small = {"embed_dim": 16, "depth": 1, "heads": 1, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 1}
+    config = PretrainConfig(data=str(shards.path), patch=8, epochs=0, keep_share=0.75, seed=2, run=run, **small)
+    pretrain(config)
+
+    sheet = Image.open(draw_sheet(tmp_path / "sheet.png", shards=shards, run=run.out, seed=4))
+
+    stored = dataclasses.replace(config, flip=False)
+    for row, index in enumerate(sorted(permutation(24, seed=4, epoch=0)[:ROWS].tolist())):
+        sample = shards.read(index)
+        image = patches(sheet, COLUMNS.index("image"), row)
+        pixels = np.array(Image.open(io.BytesIO(sample.jpeg)).resize((CELL, CELL), Image.Resampling.NEAREST))
+        middles = [CELL // 8 + CELL // 4 * place for place in range(4)]
+        assert image == [tuple(pixels[y, x].tolist()) for y in middles for x in middles]
+        for name, progress in (("mask at 0 %", 0), ("at 50 %", Fraction(1, 2)), ("at 100 %", 1)):
+            _, visible, _ = mae_step.shown(sample, stored, shards.groups, epoch=0, progress=Fraction(progress))
+            tile = patches(sheet, COLUMNS.index(name), row)
+            assert [patch for patch, colour in enumerate(tile) if colour != (HIDDEN,) * 3] == visible
+            rebuilt = {"mask at 0 %": "rebuilt (0 %)", "at 100 %": "rebuilt (100 %)"}.get(name)
+            if rebuilt:
+                again = patches(sheet, COLUMNS.index(rebuilt), row)
+                for patch in visible:
+                    assert max(abs(a - b) for a, b in zip(again[patch], image[patch], strict=True)) <= 1
