@@ -57,7 +57,13 @@ def listed() -> list[Fault]:
 
 def copied(root: Path) -> Path:
     """The files git knows of, as they lie here, below `root`."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, check=True, text=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=HERE,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
     for name in names.split("\0"):
         if (HERE / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +83,7 @@ def outcome(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 
 def _pytest(root: Path, tests: tuple[str, ...]) -> None:
     """In a process of its own, which other people's packages are loaded in already."""
+    sys.dont_write_bytecode = False
     os.chdir(root)
     os.environ["PYTHONPATH"] = str(root)
     with open("said", "w") as said:

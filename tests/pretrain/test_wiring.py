@@ -154,8 +154,12 @@ def test_a_checkpoint_says_what_its_pixels_patches_and_masks_were(run):
     assert told["data_fingerprint"] == run.shards.identity
 
 
-def test_the_first_weights_are_maes(run):
+def test_the_first_weights_are_maes_drawn_from_the_seed(run):
     """Xavier-uniform matrices, the patch embedding as one matrix, biases 0, tokens of deviation 0.02."""
+    names = ("patch", "embed_dim", "depth", "heads", "decoder_dim", "decoder_depth", "decoder_heads")
+    torch.manual_seed(5)
+    drawn = MAE(size=32, **{name: SMALL[name] for name in names})
+    assert all(torch.equal(weight, run.watched.initial[name]) for name, weight in drawn.named_parameters())
     for name, weight in run.watched.initial.items():
         if name.endswith("weight") and "norm" not in name:
             matrix = weight.flatten(1)
