@@ -14,6 +14,8 @@ from watch import watching
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.train import PartLearning, learn, parts_loss
+from shards.image_batches import ImageBatches
+from shards.images import list_images
 from training.config import RunConfig
 from training.metrics import read_metrics
 
@@ -36,7 +38,7 @@ def config(folder, **changes) -> LearnConfig:
     )
 
 
-@pytest.mark.parametrize("changes", [{}, PIXELS], ids=["features", "pixels"])
+@pytest.mark.parametrize("changes", [{"consistency": 0.5}, PIXELS], ids=["features", "pixels"])
 def test_rates_groups_crops_and_the_sum_of_the_loss_are_those_that_were_asked_for(changes, tmp_path):
     settings = config(tmp_path, **changes)
     with watching(PatchEmbed) as watched:
@@ -55,9 +57,10 @@ def test_rates_groups_crops_and_the_sum_of_the_loss_are_those_that_were_asked_fo
         assert bytes_.min() > -1e-3
         assert 150 < bytes_.max() < 255.001
     for line in read_metrics(settings.run.out):
-        balance = 0.1 * line["balance"] if not changes else 0
+        others = 0.1 * line.get("balance", 0) + 0.5 * line.get("unlike", 0)
         assert line["diversity"] > 0
-        assert line["loss"] == pytest.approx(line["rebuilding"] + 0.03 * line["diversity"] + balance, rel=1e-5)
+        assert line["loss"] == pytest.approx(line["rebuilding"] + 0.03 * line["diversity"] + others, rel=1e-5)
+        assert ("balance" in line, "unlike" in line) == ((False, False) if changes is PIXELS else (True, True))
 
 
 def test_gradients_are_scaled_down_to_a_norm_of_1(tmp_path):
@@ -105,6 +108,26 @@ def test_the_loss_of_a_batch_is_eq_5_to_7_cell_by_cell(changes, tmp_path):
     assert terms["diversity"] == pytest.approx(diversity, rel=1e-4)
     assert terms["rebuilding"] == pytest.approx(rebuilding, rel=1e-4)
     assert loss.item() == pytest.approx(rebuilding + expected, rel=1e-4)
+
+
+def test_the_block_the_seed_and_a_crop_of_each_image_are_those_that_were_asked_for(tmp_path):
+    tasks = []
+    for seed in (0, 1):
+        settings = config(tmp_path, seed=seed, encoder_block=2, target="both", batch_size=6)
+        task = PartLearning(settings)
+        tasks.append(task)
+        task.open(0)
+        view = next(task.batches)
+        task.close()
+        with ImageBatches(list_images(settings.images), size=64, batch_size=6, seed=seed) as batches:
+            whole, _ = next(iter(batches))
+        for one, image in zip(view.pixels, whole, strict=True):
+            assert (one.int() - image.int()).abs().float().mean() > 2
+            assert (one.int() - image.flip(1).int()).abs().float().mean() > 2
+        assert task.encoder.block == 2
+        assert task.learner.attention.log_scale.exp().item() == pytest.approx(10)
+    drawn = [task.learner.decoder.to_pixels.weight for task in tasks]
+    assert not torch.equal(*drawn)
 
 
 def slow_maps(logits: list[list[float]], inside: list[bool], softmax: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import photographs
 from PIL import Image
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 from watch import watching
 
 from partlearn.config import ExtractConfig
+from partlearn.foreground import confidence
 from partlearn.labelling.learned import open_token_labeller
 from pipeline.extract import extract
+from shards.index import read_column
 from shards.order import permutation
 from shards.sample import Sample
 from shards.shard_set import ShardSet
@@ -24,7 +27,9 @@ def extracted(folder, **settings) -> tuple[list[Sample], list[str], list[torch.T
     """Samples, sources, what the encoder was shown, and dataset.json of an extraction of seven photographs."""
     run = RunConfig(out=folder / "shards", device="cpu", precision="fp32")
     common = {"size": 48, "samples_per_shard": 4, "batch_size": 3, "backend": "local", "seed": 6}
-    photos = photographs(folder / "photos", 7)
+    photos = folder / "photos"
+    if not photos.exists():
+        photographs(photos, 7)
     with watching(PatchEmbed) as watched:
         info = extract(ExtractConfig(images=str(photos), run=run, **common | settings))
     with ShardSet.open(run.out) as shards:
@@ -48,12 +53,23 @@ def test_the_encoder_is_shown_the_stored_pixels_of_the_seeds_order_in_its_own_no
 
 def test_labels_and_ranks_are_stored_beside_the_image_they_are_of(learned, tmp_path):
     samples, _, _, _ = extracted(tmp_path, parts=learned)
+    told = read_column(tmp_path / "shards/index.parquet", "confidence")
 
     labeller = open_token_labeller(learned, precision="fp32")
     for sample in samples:
         labels = labeller(stored([sample]))
         assert np.array_equal(sample.parts, labels.parts[0])
         assert np.array_equal(sample.fgrank, labels.fgrank[0])
+        tokens = labeller.encoder(torch.from_numpy(stored([sample]))).patch_tokens
+        hundredths = 100 * confidence(tokens, torch.from_numpy(sample.fgrank.astype(np.int64)).reshape(1, -1)).item()
+        assert told[sample.index] == round(hundredths)
+
+
+def test_another_seed_is_another_set(learned, tmp_path):
+    extracted(tmp_path, parts=learned)
+
+    with pytest.raises(ValueError, match="seed was 6, now 7"):
+        extracted(tmp_path, parts=learned, seed=7)
 
 
 def test_a_baseline_reads_the_block_grid_and_number_of_parts_asked_for(tmp_path):

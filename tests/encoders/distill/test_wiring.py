@@ -1,9 +1,12 @@
 """What the steps of the verb `encoder` receive and do, beside a slow twin of the whole."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import distillation_step as slow
 from reference.vit import AdamW
 from stripes import draw_stripes, tiny
@@ -13,8 +16,7 @@ from watch import Watched, watching
 
 from encoders.distill.config import EncoderConfig
 from encoders.distill.train import distill, new_objective
-from shards.image_batches import ImageBatches
-from shards.images import list_images
+from shards.order import permutation
 from training import checkpoint
 from training.metrics import read_metrics
 
@@ -41,15 +43,25 @@ class Run:
         return [arguments[0] for arguments in self.watched.inputs[3 * step : 3 * step + 3]]
 
 
+def decoded(config: EncoderConfig, size: int) -> list[torch.Tensor]:
+    """The images of each step: epoch after epoch in the orders of the seed, square as they are, at `size` pixels."""
+    steps = []
+    for step in range(STEPS):
+        places = [divmod(place, 10) for place in range(6 * step, 6 * step + 6)]
+        numbers = [permutation(10, seed=config.seed, epoch=epoch)[place] for epoch, place in places]
+        images = [Image.open(Path(config.images) / f"{number}.png") for number in numbers]
+        squares = [np.array(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+        steps.append(torch.from_numpy(np.stack(squares)))
+    return steps
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("wiring")
     config = tiny(draw_stripes(folder / "images", 10), folder / "run", **SETTINGS)
     with watching(PatchEmbed) as watched:
         distill(config)
-    with ImageBatches(list_images(config.images), size=16, batch_size=6, seed=3) as batches:
-        images = [images for _, (images, _) in zip(range(STEPS), batches, strict=False)]
-    return Run(config, watched, images)
+    return Run(config, watched, decoded(config, 16))
 
 
 def test_teacher_and_student_see_their_crops_of_the_steps_images_normalised(run):
@@ -126,9 +138,7 @@ def taught(tmp_path_factory) -> tuple[Run, dict[str, torch.Tensor]]:
     config = tiny(images, folder / "run", **settings)
     with watching(PatchEmbed) as watched:
         distill(config)
-    with ImageBatches(list_images(images), size=32, batch_size=6, seed=3) as batches:
-        images = [images for _, (images, _) in zip(range(STEPS), batches, strict=False)]
-    return Run(config, watched, images), weights
+    return Run(config, watched, decoded(config, 32)), weights
 
 
 def test_teacher_and_student_see_one_crop_each_by_its_own_mean_and_deviation(taught):

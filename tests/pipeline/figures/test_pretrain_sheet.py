@@ -5,6 +5,7 @@ import io
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from PIL import Image
 from reference import mae_step
 
@@ -74,6 +75,9 @@ def test_each_column_shows_the_images_their_masks_of_that_progress_and_what_was_
         pixels = np.array(Image.open(io.BytesIO(sample.jpeg)).resize((CELL, CELL), Image.Resampling.NEAREST))
         middles = [CELL // 8 + CELL // 4 * place for place in range(4)]
         assert image == [tuple(pixels[y, x].tolist()) for y in middles for x in middles]
+        shade = [1 - 0.9 * rank / 16 for rank in sample.fgrank.flatten().tolist()]
+        for seen, colour, share in zip(patches(sheet, COLUMNS.index("foreground"), row), image, shade, strict=True):
+            assert seen == pytest.approx([share * value for value in colour], abs=1)
         for name, progress in (("mask at 0 %", 0), ("at 50 %", Fraction(1, 2)), ("at 100 %", 1)):
             _, visible, _ = mae_step.shown(sample, stored, shards.groups, epoch=0, progress=Fraction(progress))
             tile = patches(sheet, COLUMNS.index(name), row)
