@@ -13,6 +13,7 @@ from watch import watching
 
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
+from partlearn.decoder import blur
 from partlearn.train import PartLearning, learn, parts_loss
 from shards.image_batches import ImageBatches
 from shards.images import list_images
@@ -128,6 +129,19 @@ def test_the_block_the_seed_and_a_crop_of_each_image_are_those_that_were_asked_f
         assert task.learner.attention.log_scale.exp().item() == pytest.approx(10)
     drawn = [task.learner.decoder.to_pixels.weight for task in tasks]
     assert not torch.equal(*drawn)
+
+
+def test_the_blur_is_a_gaussian_of_deviation_1_4_that_keeps_the_sum():
+    maps = torch.zeros(1, 1, 9, 9)
+    maps[0, 0, 4, 4] = 1.0
+
+    blurred = blur(maps)[0, 0]
+
+    assert blurred.sum().item() == pytest.approx(1.0)
+    for away in range(4):
+        expected = math.exp(-(away**2) / (2 * 1.4**2))
+        assert (blurred[4, 4 + away] / blurred[4, 4]).item() == pytest.approx(expected, rel=1e-4)
+        assert (blurred[4 + away, 4] / blurred[4, 4]).item() == pytest.approx(expected, rel=1e-4)
 
 
 def slow_maps(logits: list[list[float]], inside: list[bool], softmax: str) -> np.ndarray:
