@@ -109,6 +109,9 @@ def test_the_probe_takes_maes_steps_at_the_rates_of_its_batch(where):
         assert torch.cdist(epoch, train).argmin(dim=1).sort().values.tolist() == list(range(96))
 
     weight, bias = watched.initial["1.weight"].double(), watched.initial["1.bias"].double()
+    drawn = torch.empty(3, 16).normal_(std=0.01, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(weight, drawn.double())
+    assert not bias.any()
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     mean, variance = torch.zeros(16).double(), torch.ones(16).double()
     for batch, rate in zip(heads, rates, strict=True):

@@ -14,6 +14,7 @@ from watch import watching
 from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.decoder import blur
+from partlearn.kmeans import spherical_kmeans
 from partlearn.train import PartLearning, learn, parts_loss
 from shards.image_batches import ImageBatches
 from shards.images import list_images
@@ -142,6 +143,20 @@ def test_the_blur_is_a_gaussian_of_deviation_1_4_that_keeps_the_sum():
         expected = math.exp(-(away**2) / (2 * 1.4**2))
         assert (blurred[4, 4 + away] / blurred[4, 4]).item() == pytest.approx(expected, rel=1e-4)
         assert (blurred[4 + away, 4] / blurred[4, 4]).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_several_starts_of_kmeans_the_best_is_taken():
+    points = F.normalize(torch.randn(200, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    better = 0
+    for seed in range(8):
+        one, four = (
+            spherical_kmeans(points, 6, generator=torch.Generator().manual_seed(seed), starts=starts)
+            for starts in (1, 4)
+        )
+        first, best = ((points @ centres.T).amax(dim=1).mean().item() for centres in (one, four))
+        assert best >= first - 1e-6  # the first start is one of the four
+        better += best > first + 1e-4
+    assert better
 
 
 def slow_maps(logits: list[list[float]], inside: list[bool], softmax: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A file is whole or absent; the same value has the same digest."""
 
 import hashlib
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -61,3 +62,17 @@ def test_only_what_writers_left_aside_is_swept(tmp_path):
     sweep(tmp_path)
 
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_write_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "file", b"new")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
