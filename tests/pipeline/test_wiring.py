@@ -46,6 +46,7 @@ def test_the_encoder_is_shown_the_stored_pixels_of_the_seeds_order_in_its_own_no
 
     assert sources == [f"{index:03d}.jpg" for index in permutation(7, seed=6, epoch=0)]
     assert [len(images) for images in shown] == [3, 1, 3]  # a batch spans no two shards
+    assert stored(samples).shape == (7, 48, 48, 3)
     pixels = torch.from_numpy(stored(samples)).permute(0, 3, 1, 2) / 255
     read = F.interpolate(pixels, size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
     assert torch.allclose(torch.cat(shown), (read - 0.5) / 0.5, atol=1e-5)  # this ViT's mean and deviation
