@@ -1,7 +1,6 @@
 """The verb `score-parts`: a table of labellers against the truth, with shortcuts in the same table, and a sheet."""
 
 import copy
-import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from partlearn.labelling.learned import TokenLabeller, open_token_labeller
 from pipeline.config import ScorePartsConfig
 from shards.atomic import read_json, sha256_json, write_json, write_whole
 from shards.places import refuse_unwritable
-from training.contact_sheet import ROWS, assemble, tinted
+from training.contact_sheet import ROWS, png_of, tinted
 from training.device import pick_device
 from training.progress import Progress
 
@@ -252,9 +251,7 @@ def _draw(sheet: Path, config: ScorePartsConfig, truths: TruthSet, seen: dict[st
     for path, methods in sheets.items():
         names = ["image", "truth", *_headings(methods)]
         columns = [*both, *(_tinted(images, seen[method][:ROWS]) for method in methods)]
-        buffer = io.BytesIO()
-        assemble(names, columns).save(buffer, "PNG")
-        write_whole(path, buffer.getvalue())
+        write_whole(path, png_of(names, columns))
 
 
 def _headings(methods: Sequence[str]) -> list[str]:

@@ -27,6 +27,8 @@ OTHERS = frozenset(_OTHERS.split())
 """Suffixes of what is no image: such files are not opened to be asked."""
 
 FIRST_BYTES = 32
+OF_OURS = ("Software", "semmae")
+"""Text in the PNGs of sheets that our verbs draw, by which they are not taken for images."""
 
 _ASIDE = re.compile(
     r"(?:^|/)(@eaDir|#recycle|@Recycle|@Recently-Snapshot|#snapshot|__MACOSX|\$RECYCLE\.BIN|System Volume Information"
@@ -74,6 +76,11 @@ def kind_of(name: str) -> str:
 def starts_like_an_image(first: bytes) -> bool:
     """Whether the first 32 bytes of a file are those of a format that says so there, and that can be read here."""
     return bool(_MAGIC.match(first)) or (HEIF and is_heif(first))
+
+
+def is_sheet(first: bytes) -> bool:
+    """Whether the first 64 bytes of a PNG are those of a sheet of ours: text right behind its header."""
+    return b"tEXt" + "\0".join(OF_OURS).encode() in first
 
 
 def is_heif(first: bytes) -> bool:

@@ -6,7 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shards import storage
-from shards.formats import FIRST_BYTES, OTHERS, SUFFIXES, kind_of, set_aside, starts_like_an_image, suffix_of
+from shards.formats import (
+    FIRST_BYTES,
+    OTHERS,
+    SUFFIXES,
+    is_sheet,
+    kind_of,
+    set_aside,
+    starts_like_an_image,
+    suffix_of,
+)
 from shards.found import Found, Listing
 from shards.image_tars import list_tars
 
@@ -33,7 +42,9 @@ def list_folder(folder: str, listing: Listing) -> None:
     unsure: list[tuple[str, str]] = []
     for name, (location, fault) in files.items():
         suffix = suffix_of(name)
-        if suffix in SUFFIXES:
+        if suffix == ".png" and "/" not in name and _is_sheet(location, fault):
+            listing.left_out["sheet of ours"] += 1
+        elif suffix in SUFFIXES:
             listing.take(Found(name, location, name, fault=fault))
         elif fault:
             listing.left_out["links that lead nowhere"] += 1
@@ -63,6 +74,16 @@ def _ask(unsure: list[tuple[str, str]], listing: Listing) -> Iterator[tuple[str,
                 listing.left_out[kind_of(name)] += 1
     for name, _ in unsure[len(asked) :]:
         listing.left_out[kind_of(name)] += 1
+
+
+def _is_sheet(location: str, fault: str) -> bool:
+    """Only PNGs beside class folders are opened for this, and none in a store."""
+    if fault or storage.is_remote(location):
+        return False
+    try:
+        return is_sheet(storage.read(location, 0, 64))
+    except OSError:
+        return False
 
 
 def _starts(location: str) -> bool:

@@ -58,7 +58,9 @@ class ImageList:
         """`1 .heic, 2 without suffix`; empty where nothing was left out."""
         kinds = [f"{count:,} {kind}" for kind, count in self.left_out[:KINDS_SAID]]
         further = sum(count for _, count in self.left_out[KINDS_SAID:])
-        return ", ".join(kinds + ([f"{further:,} of other kinds"] if further else []))
+        told = ", ".join(kinds + ([f"{further:,} of other kinds"] if further else []))
+        heic = not HEIF and any(kind in HEIF_SUFFIXES for kind, _ in self.left_out)
+        return f"{told} (HEIC is read where pillow-heif is installed)" if heic else told
 
     @property
     def remark(self) -> str:
@@ -72,9 +74,8 @@ class ImageList:
             told.append(f"{len(without):,} without a class, the first {without[0]}")
         if self.left_out:
             told.append(f"left out: {self.left_out_in_words}")
-        if not HEIF and any(kind in HEIF_SUFFIXES for kind, _ in self.left_out):
-            told.append("HEIC is read where pillow-heif is installed")
-        return f"{self.source}: {len(self.images):,} images; {'; '.join(told)}" if told else ""
+        images = "1 image" if len(self.images) == 1 else f"{len(self.images):,} images"
+        return f"{self.source}: {images}; {'; '.join(told)}" if told else ""
 
 
 def list_images(source: str | Path) -> ImageList:

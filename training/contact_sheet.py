@@ -1,10 +1,14 @@
 """Contact sheets: columns of images under their names, label maps as colours, ranks as brightness."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from shards.formats import OF_OURS
 
 ROWS, CELL, GAP, HEADER, LINE = 8, 112, 4, 22, 14
 COLOURS = np.array(
@@ -30,6 +34,14 @@ def enlarged(grid: np.ndarray, size: int) -> np.ndarray:
     """Cells as squares of pixels; sizes that cells do not divide take the nearest cell."""
     rows = np.arange(size) * grid.shape[1] // size
     return grid[:, rows][:, :, rows]
+
+
+def png_of(names: Sequence[str], columns: Sequence[np.ndarray]) -> bytes:
+    """What `assemble` gives, as a PNG that no listing takes for an image of a data set."""
+    buffer, text = io.BytesIO(), PngInfo()
+    text.add_text(*OF_OURS)
+    assemble(names, columns).save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
 
 
 def assemble(names: Sequence[str], columns: Sequence[np.ndarray]) -> Image.Image:

@@ -1,6 +1,7 @@
 """What extraction reads: images as people have them, or those of a finished shard set."""
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -154,7 +155,8 @@ def _load_stored(shards: ShardSet, place: int, row: dict[str, Any]) -> Stored:
 
 
 def _absolute(source: str) -> str:
-    return source if storage.is_remote(source) else str(Path(source).absolute())
+    """One spelling of a path, which a folder's plan keeps."""
+    return source if storage.is_remote(source) else os.path.abspath(source)  # noqa: PTH100 (pathlib leaves .. in it)
 
 
 def _pixels(jpeg: bytes) -> np.ndarray:

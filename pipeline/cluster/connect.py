@@ -11,6 +11,9 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start Ray right here.
 
     A Ray started here reports nothing to its makers, unless RAY_USAGE_STATS_ENABLED=1 asks for it.
+
+    Raises:
+        ValueError: This user has no home folder, as in some containers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ["RAY_USAGE_STATS_ENABLED"] == "0":
@@ -18,9 +21,20 @@ def connect() -> None:
     import ray
 
     if not ray.is_initialized():
+        _refuse_without_home()
         of_tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
         of_tokens.addFilter(_warns)
         ray.init(log_to_driver=False, configure_logging=False)
+
+
+def _refuse_without_home() -> None:
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ValueError(
+            f"Ray keeps its token in the home folder, and user {os.getuid()} has none; set HOME to a folder that can "
+            "be written, or choose --backend local"
+        ) from None
 
 
 def _warns(record: logging.LogRecord) -> bool:

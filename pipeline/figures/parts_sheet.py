@@ -1,6 +1,5 @@
 """The image that `learn-parts` leaves beside its figures: some of its images, their foreground and their parts."""
 
-import io
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from shards.decode import ImageError
 from shards.images import list_images, read_square
 from shards.order import permutation
 from training.checkpoint import CheckpointError
-from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
+from training.contact_sheet import ROWS, brightness, enlarged, png_of, tinted
 from training.device import pick_device
 
 SIDE = 224
@@ -51,9 +50,7 @@ def draw_parts(config: LearnConfig) -> None:
         images * enlarged(brightness(labels.fgrank), SIDE),
         tinted(images, labels.parts, 1 + labeller.learner.shape.parts),
     ]
-    buffer = io.BytesIO()
-    assemble(("image", "foreground", "parts"), columns).save(buffer, "PNG")
-    write_whole(run.out / "parts.png", buffer.getvalue())
+    write_whole(run.out / "parts.png", png_of(("image", "foreground", "parts"), columns))
 
 
 def _squares(config: LearnConfig) -> Iterator[Image.Image]:

@@ -1,6 +1,5 @@
 """One image that shows the whole method: images, parts, foreground, masks as training goes on, reconstructions."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from shards.order import permutation
 from shards.shard_set import ShardSet
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.checkpoint import find, load_tensors
-from training.contact_sheet import ROWS, assemble, brightness, enlarged, tinted
+from training.contact_sheet import ROWS, brightness, enlarged, png_of, tinted
 
 HIDDEN = 235
 COLUMNS = ("image", "parts", "foreground", "mask at 0 %", "at 50 %", "at 100 %", "rebuilt (0 %)", "rebuilt (100 %)")
@@ -47,9 +46,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
         rebuilt(masks[0]),
         rebuilt(masks[2]),
     ]
-    buffer = io.BytesIO()
-    assemble(COLUMNS, columns).save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    write_whole(path, png_of(COLUMNS, columns))
     return path
 
 

@@ -6,6 +6,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,6 +14,7 @@ from shards import decode, images
 from shards.decode import ImageError, decode_rgb
 from shards.formats import FORMATS, SUFFIXES
 from shards.images import list_images, read_bytes, read_rgb
+from training.contact_sheet import png_of
 
 
 def jpeg(shade: int = 0) -> bytes:
@@ -278,3 +280,14 @@ def test_one_file_under_two_spellings_is_refused_and_either_form_of_a_name_is_fo
     with pytest.raises(ValueError, match=r"names \./a\.jpg more than once, in lines 1 and 2"):
         list_images(tmp_path / "twice.txt")
     assert read_bytes(list_images(tmp_path / "form.txt").images[0]) == jpeg(1)
+
+
+def test_a_sheet_of_ours_among_images_is_none(tmp_path):
+    put(tmp_path, "cat/1.png", "dog/2.png", "3.png")
+    tiles = np.zeros((1, 8, 8, 3), np.uint8)
+    (tmp_path / "sheet.png").write_bytes(png_of(("image",), [tiles]))
+
+    listed = list_images(tmp_path)
+
+    assert [image.name for image in listed.images] == ["3.png", "cat/1.png", "dog/2.png"]
+    assert listed.left_out == (("sheet of ours", 1),)
