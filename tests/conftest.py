@@ -95,7 +95,7 @@ def write_samples(
     for number in range(shards):
         slice_ = samples[number * samples_per_shard : (number + 1) * samples_per_shard]
         write_shard(folder, number, slice_, groups=info["groups"], plan_digest=digest, rejected=[])
-    whole = info | {"inputs": {"count": len(samples)}, "producer": {"seed": seed}}
+    whole = {"producer": {"seed": seed}} | info | {"inputs": {"count": len(samples)}}
     finalise(folder, shard_count=shards, plan_digest=digest, info=whole)
     return folder
 

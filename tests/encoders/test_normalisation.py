@@ -17,7 +17,6 @@ from encoders.load import load_encoder
 from encoders.normalisation import asked, of_file
 from encoders.weights import read_weights
 from evaluate.config import KnnConfig
-from evaluate.data import load_split
 from evaluate.features import open_encoder, train_and_test
 from evaluate.result import rows_of
 from partlearn.config import ExtractConfig, LearnConfig
@@ -236,7 +235,7 @@ def test_features_are_computed_with_it_and_the_row_says_so_but_the_protocol_is_t
     settings = {"encoder": TINY, "images": str(classes), "size": 32, "device": "cpu"}
     ours, plain = KnnConfig(**settings, **OURS), KnnConfig(**settings)
 
-    encoder, _ = open_encoder(ours, load_split("", str(classes)))
+    encoder, _ = open_encoder(ours)
     (row,), (other,) = (
         rows_of(one, train_and_test(one), {"top1": 1.0}, protocol="knn", epochs=0, time="") for one in (ours, plain)
     )

@@ -118,7 +118,7 @@ def test_paper_takes_every_literal_value():
 
 
 def test_paper_beside_another_foreground_is_refused():
-    with pytest.raises(ValueError, match="--paper means foreground maps, and foreground contrast was asked for"):
+    with pytest.raises(ValueError, match="--paper means --foreground maps, and --foreground contrast was asked for"):
         settings(paper=True, foreground="contrast")
     assert settings().foreground == "contrast"
 

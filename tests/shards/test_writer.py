@@ -184,9 +184,12 @@ def test_an_old_sidecar_does_not_vouch_for_new_bytes(tmp_path):
 
 
 def test_a_folder_takes_one_plan_for_life(tmp_path):
-    open_plan(tmp_path, {"size": 224, "seed": 0})
+    open_plan(tmp_path, {"size": 256, "seed": 0})
+    open_plan(tmp_path, {"size": 224, "seed": 0})  # of which nothing is built yet
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/000000.tar").touch()
 
-    with pytest.raises(ValueError, match="size was 224, now 192"):
+    with pytest.raises(ValueError, match="--size was 224, now 192"):
         open_plan(tmp_path, {"size": 192, "seed": 0})
 
 

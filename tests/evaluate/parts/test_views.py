@@ -15,7 +15,7 @@ def test_squares_lie_in_the_middle_or_at_one_end_and_the_other_with_their_truth(
         Image.fromarray(1 + ramp // 5).save(tmp_path / f"labels/{number}.png")
     truths = TruthSet(tmp_path)
 
-    middle, ends = truths.centre(size=20, grid=4), truths.off_centre(size=20, grid=4)
+    middle, ends = truths.centre(size=20, grid=4), truths.ends(size=20, grid=4)
 
     assert middle.images[:, 10, :, 0].tolist() == [[6 * x for x in range(10, 30)]] * 2
     assert ends.images[:, 10, :, 0].tolist() == [[6 * x for x in range(20)], [6 * x for x in range(20, 40)]]

@@ -22,9 +22,9 @@ from pipeline.config import VerifyConfig
 from pipeline.extract import extract
 from pipeline.verify import verify as verify_verb
 from shards.atomic import read_json, sha256_file, write_json
-from shards.build import fingerprint
 from shards.crops import crop_cells, sample_boxes, sample_flips
 from shards.index import table_bytes
+from shards.info import digests, fingerprint
 from shards.sample import attention_of
 from shards.shard_set import ShardSet
 from shards.stream import Stream
@@ -59,6 +59,8 @@ def earlier(stored, tmp_path) -> Path:
         told = {"bytes": index.stat().st_size, "sha256": sha256_file(index)}
         write_json(sidecar, read_json(sidecar) | {"index": told})
     reindexed(folder, pq.read_table(folder / "index.parquet").drop_columns("attn_peak"))
+    info = read_json(folder / "dataset.json")
+    write_json(folder / "dataset.json", {name: info[name] for name in info if name not in ("plan", "digests")})
     return folder
 
 
@@ -66,7 +68,8 @@ def reindexed(folder: Path, table: pa.Table) -> None:
     """The set with another index, of which dataset.json tells."""
     (folder / "index.parquet").write_bytes(table_bytes(table))
     info = read_json(folder / "dataset.json") | {"index_sha256": sha256_file(folder / "index.parquet")}
-    write_json(folder / "dataset.json", info | {"fingerprint": fingerprint(info)})
+    info["fingerprint"] = fingerprint(info)
+    write_json(folder / "dataset.json", info | {"digests": digests(info)})
 
 
 def of_encoder(shards: ShardSet) -> np.ndarray:
