@@ -218,3 +218,12 @@ def test_the_digest_is_of_names_and_classes(tmp_path):
     one, two, three = (list_images(tmp_path / name).digest for name in ("one", "two", "three"))
 
     assert one == two != three
+
+
+@pytest.mark.parametrize("others", ["a.jpg\tcat\nb.jpg\tcat\n", "a.jpg\tcat\nb.jpg\towl\n", "a.jpg\tdog\nb.jpg\tcat\n"])
+def test_the_same_names_of_other_classes_have_another_digest(others, tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "one.txt").write_text("a.jpg\tcat\nb.jpg\tdog\n")
+    (tmp_path / "two.txt").write_text(others)
+
+    assert list_images(tmp_path / "one.txt").digest != list_images(tmp_path / "two.txt").digest
