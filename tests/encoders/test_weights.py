@@ -213,3 +213,15 @@ def test_with_kept_patches_only_those_are_computed():
 
     assert torch.allclose(encoder(pixels, everything).patch_tokens, encoder(pixels).patch_tokens, atol=1e-5)
     assert encoder(pixels, everything[:, :5]).patch_tokens.shape == (2, 5, 192)
+
+
+def test_positions_halved_are_plain_bicubic_without_antialiasing():
+    """Weights -3/32, 19/32, 19/32, -3/32 (cubic convolution, a = -3/4) on the four nearest, edges repeated."""
+    cells = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(0))
+    prefix = torch.full((1, 1, 5), 7.0)
+    row = torch.tensor([[-3 + 19, 19, -3, 0], [0, -3, 19, 19 - 3]]) / 32
+
+    resized = resize_positions(torch.cat([prefix, cells.reshape(1, 16, 5)], dim=1), prefix=1, grid=2)
+
+    expected = torch.einsum("ay,bx,yxd->abd", row, row, cells).reshape(1, 4, 5)
+    torch.testing.assert_close(resized, torch.cat([prefix, expected], dim=1))
