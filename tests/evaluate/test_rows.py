@@ -16,7 +16,9 @@ from evaluate.knn import knn
 from evaluate.linear import probe
 from evaluate.result import Result, append_results, results_path
 from pipeline.cli import main
-from training.checkpoint import save
+from shards.atomic import sha256_file
+from shards.images import list_images
+from training.checkpoint import find, save
 
 FIELDS = "protocol metric value checkpoint checkpoint_sha256 config_sha256 data_fingerprint seed epochs versions time "
 FIELDS += "settings preparation tokens pool"
@@ -111,6 +113,13 @@ def test_rows_of_other_preparations_tokens_or_pools_have_other_hashes(checkpoint
         ("kept", "class", 0.25),
         ("kept", "class", 0.5),
     ]
+
+
+def test_rows_name_the_file_of_weights_and_the_images_by_their_digests(checkpoint, photos, tmp_path):
+    (row, *_) = knn(KnnConfig(checkpoint=str(checkpoint), images=str(photos), device="cpu", out=tmp_path))
+
+    assert row.checkpoint_sha256 == sha256_file(find(checkpoint))
+    assert row.data_fingerprint == list_images(photos).digest
 
 
 def test_the_hash_of_the_settings_knows_no_paths_and_no_speed(checkpoint, photos, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from conftest import small_parts
 from PIL import Image
 
-from evaluate.parts.metrics import beyond_other
-from evaluate.parts.score import BATCH, below_centre, labels_of, shift_ari
+from evaluate.parts.metrics import beyond_other, flip_agreement, flip_inside
+from evaluate.parts.score import BATCH, below_centre, labels_of, score_labellers, shift_ari
 from evaluate.parts.views import TruthSet
 from partlearn.config import LearnConfig
 from partlearn.labelling.baselines import NAMES
@@ -433,3 +433,18 @@ def test_the_table_fits_eighty_columns(painted, monkeypatch, capsys):
 def test_baselines_without_a_count_are_a_sentence(painted):
     with pytest.raises(ValueError, match="num_parts needs numbers between 1 and 255"):
         scored(painted, parts=("grid",), num_parts=())
+
+
+def test_flips_are_judged_by_labels_of_the_mirrored_images(painted):
+    truths = TruthSet(painted)
+    labeller = open_token_labeller("heads", encoder=TINY, grid=GRID, precision="fp32")
+    images = truths.centre(size=120, grid=GRID).images
+    (here, _), (mirrored, _) = (
+        labels_of([labeller], pixels, lambda count: None)[0] for pixels in (images, np.flip(images, axis=2).copy())
+    )
+
+    ((rows, _),) = score_labellers([labeller], truths, size=120, advance=lambda count: None)
+
+    assert rows[0]["flip_agreement"] == pytest.approx(flip_agreement(here, mirrored))
+    assert rows[0]["flip_inside"] == pytest.approx(flip_inside(here, mirrored))
+    assert flip_agreement(here, mirrored) != pytest.approx(flip_agreement(here, here))
