@@ -36,7 +36,7 @@ test-fast: venv
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"
 
 faults: venv
-	@$(BIN)/python tests/faults.py $(if $(NAME),"$(NAME)")
+	@$(BIN)/python tests/faults.py --unbroken $(if $(NAME),"$(NAME)")
 
 check: venv
 	@$(BIN)/ruff format --check .

@@ -105,8 +105,8 @@ def _unwrapped(segments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _rank(segment: str) -> int:
-    words = set(re.findall(r"[a-z]+", segment.lower()))
-    if "ema" in words:
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", segment)}
+    if words & {"ema", "swa", "averaged"}:
         return EMA
     if "teacher" in words:
         return TEACHER

@@ -139,7 +139,7 @@ def _of_file(path: Path, architecture: str, shape: Shape | None, native: int, to
 
 def _log(weights: Weights, file: str, normalised: str = "") -> None:
     """One line on what was taken of a file that is not the backbone alone."""
-    if not (weights.place or weights.others) or not distributed.is_main():
+    if not (weights.place or weights.others or "beside" in normalised) or not distributed.is_main():
         return
     others = f", not those under {', '.join(weights.others)}" if weights.others else ""
     heads = f", with {weights.heads} heads as there" if weights.heads else ""

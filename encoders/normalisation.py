@@ -87,7 +87,7 @@ def of_file(path: Path, weights: Weights, architecture: str) -> Normalisation:
     default = of_timm(architecture)
     if "." in architecture:
         return default
-    said = _in_settings(weights) or _beside(path)
+    said = _in_settings(weights) or _beside(path, architecture)
     if said is not None:
         return said
     if weights.layout:
@@ -122,7 +122,7 @@ def _in_settings(weights: Weights) -> Normalisation | None:
     return None
 
 
-def _beside(path: Path) -> Normalisation | None:
+def _beside(path: Path, architecture: str) -> Normalisation | None:
     for name, section, mean, std in (
         ("config.json", "pretrained_cfg", "mean", "std"),
         ("preprocessor_config.json", None, "image_mean", "image_std"),
@@ -132,6 +132,8 @@ def _beside(path: Path) -> Normalisation | None:
             told = read_json(file)
         except (OSError, ValueError):  # not there, or of something else
             continue
+        if section and (not isinstance(told, dict) or told.get("architecture") != architecture):
+            continue  # of other weights in this folder
         told = told.get(section) if section and isinstance(told, dict) else told
         if isinstance(told, dict) and (found := _channels(told.get(mean), told.get(std))) is not None:
             return Normalisation(*found, f"{name} beside it says")

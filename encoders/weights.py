@@ -81,7 +81,7 @@ def _backbone(
             "normalisation than theirs, so pass it as timm:NAME=FILE"
         )
     saved = content if isinstance(content, dict) else {}
-    layout = layout_of(chosen, found)
+    layout = layout_of(chosen, found, trained="args" in saved)
     return Weights(
         tensors,
         chosen.name,
@@ -104,9 +104,10 @@ def _chosen(vits: list[tuple[Branch, dict[str, Tensor]]], path: Path) -> tuple[B
     return vits[0]
 
 
-def layout_of(chosen: Branch, found: list[Branch]) -> str:
+def layout_of(chosen: Branch, found: list[Branch], *, trained: bool) -> str:
     """Whose training wrote this, as far as Meta's codes, which all normalise by ImageNet's statistics, differ from
-    other people's; empty where nothing tells."""
+    other people's; empty where nothing tells: `model` is everybody's key, so more must be there:
+    the training's arguments (`trained`), no classifier, or a fine-tuned MAE's norm."""
     segments, names = {part for branch in found for part in branch.place}, chosen.tensors
     if segments & {"base_encoder", "momentum_encoder"}:
         return "MoCo v3"
@@ -114,9 +115,10 @@ def layout_of(chosen: Branch, found: list[Branch]) -> str:
         return "MAE"
     if "register_tokens" in names or ("mask_token" in names and "blocks.0.ls1.gamma" in names):
         return "DINOv2"
-    if segments & {"teacher", "student"}:
+    if segments & {"teacher", "student"} and "backbone" in segments:
         return "DINO, iBOT and DINOv2"
-    return "MAE and DeiT" if chosen.place in (("model",), ("model_ema",)) else ""
+    of_mae = trained or "head.weight" not in names or "fc_norm.weight" in names
+    return "MAE and DeiT" if chosen.place == ("model_ema",) or (chosen.place == ("model",) and of_mae) else ""
 
 
 def _heads(layout: str, shape: Shape | None, arch: Any) -> int | None:

@@ -16,7 +16,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from shards.atomic import sha256_json
 from shards.batches import in_order
-from shards.decode import ImageError, decode_rgb, square
+from shards.decode import ImageError, decode_with, square
 from shards.images import ImageFile, ImageList, list_images, read_bytes
 from shards.order import permutation
 from shards.shard_set import ShardSet
@@ -184,15 +184,18 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _pixels(file: ImageFile, size: int, stored: int | None) -> UInt8[np.ndarray, "side side 3"] | ImageError | OSError:
     """An image's square as an array, or why there is none."""
+
+    def squared(image: Image.Image) -> np.ndarray:
+        return np.asarray(centre_crop(image, size) if stored is None else square(image, stored)[0])
+
     try:
-        image = decode_rgb(read_bytes(file))
+        return decode_with(read_bytes(file), squared)
     except ImageError as error:
         return error
     except OSError as error:
         if not _gone(file, error):
             raise OSError(f"{file.name} cannot be read ({error}); check the storage, then run again") from error
         return error
-    return np.asarray(centre_crop(image, size) if stored is None else square(image, stored)[0])
 
 
 def _gone(file: ImageFile, error: OSError) -> bool:

@@ -134,18 +134,20 @@ def write_results(config: FeatureConfig, rows: Sequence[Result]) -> None:
     Raises:
         RowsNotKept: Neither holds them, or not the one that was asked for.
     """
+    path, failed = results_path(config.checkpoint, config.out), None
+    try:
+        append_results(path, rows)
+    except OSError as error:
+        if config.json is None or config.out is not None:
+            failed = RowsNotKept(rows, _not_kept(path, error))
     try:
         if config.json is not None:
             config.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(config.json, [dataclasses.asdict(row) for row in rows])
     except OSError as error:
-        raise RowsNotKept(rows, _not_kept(config.json, error)) from error
-    path = results_path(config.checkpoint, config.out)
-    try:
-        append_results(path, rows)
-    except OSError as error:
-        if config.json is None or config.out is not None:
-            raise RowsNotKept(rows, _not_kept(path, error)) from error
+        failed = RowsNotKept(rows, _not_kept(config.json, error))
+    if failed:
+        raise failed
 
 
 def _not_kept(path: Path | None, error: OSError) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from partlearn.config import TRUTH, ExtractConfig
 from partlearn.labelling.protocol import folder_of
 from pipeline.config import VerifyConfig
@@ -11,7 +13,7 @@ from shards import verify as checks
 from shards.atomic import read_json, write_json
 from shards.errors import ShardError
 from shards.info import changed_fields
-from shards.places import refuse_unwritable
+from shards.places import lock_of, refuse_unwritable
 from shards.record import restore
 from shards.verify import Fault
 from training.config import RunConfig
@@ -25,8 +27,8 @@ def verify(config: VerifyConfig) -> None:
     """
     if config.json:
         refuse_unwritable(config.json, flag="--json", folder=False)
-    if config.repair:
-        for name in restore(config.data):
+    if config.repair and (config.data / "dataset.json").is_file():
+        for name in _restored(config.data):
             print(f"{name} is as it was written again, from what the other files tell")
     faults = checks.verify(config.data, config.level)
     for fault in faults:
@@ -40,6 +42,14 @@ def verify(config: VerifyConfig) -> None:
     if faults:
         raise ShardError(f"{config.data} has {len(faults)} faults at level {config.level}; repair it with --repair")
     print(f"{config.data}: no fault at level {config.level}")
+
+
+def _restored(folder: Path) -> list[str]:
+    try:
+        with lock_of(folder):
+            return restore(folder)
+    except Timeout:
+        raise ShardError(f"{folder} is being built by another process; wait for it, then repair") from None
 
 
 def repair(folder: Path, faults: list[Fault]) -> None:

@@ -13,7 +13,9 @@ from shards.info import FORMAT, VERSION, changed_fields, digests, fingerprint, i
 from shards.writer import shard_paths
 
 COMPUTED = ("device", "precision")
-"""Fields of a plan, and of sidecars, that say what labels are computed with. Plans of 0.1.0 lack them."""
+"""Fields of a plan, and of sidecars, that say what labels are computed with."""
+NEW_IN_PLANS = (*COMPUTED, "encoder_mean", "encoder_std")
+"""Plans of 0.1.0 lack these."""
 REJECTED = pa.schema([("source", pa.string()), ("ordinal", pa.int64()), ("step", pa.string()), ("reason", pa.string())])
 
 
@@ -28,7 +30,7 @@ def open_plan(folder: Path, plan: dict[str, Any]) -> str:
     path = folder / "plan.json"
     if path.is_file():
         kept = read_json(path)
-        theirs = kept | _computed_by_earlier(folder, kept, plan)
+        theirs = kept | _told_by_earlier(folder, kept, plan)
         differing = [name for name in sorted(set(plan) | set(theirs)) if theirs.get(name) != plan.get(name)]
         if not differing:
             return sha256_json(kept)
@@ -58,17 +60,19 @@ def _in_words(name: str, then: Any, now: Any) -> str:
     return said if name.endswith("_sha256") else f"{said} was {then!r}, now {now!r}"
 
 
-def _computed_by_earlier(folder: Path, kept: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """What a whole set of 0.1.0 says, in dataset.json alone, that its labels were computed with."""
-    if set(COMPUTED) & set(kept) or not set(COMPUTED) <= set(plan) or not (folder / "dataset.json").is_file():
+def _told_by_earlier(folder: Path, kept: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """What a whole set of 0.1.0 says in dataset.json alone: what its labels were computed with."""
+    if not (folder / "dataset.json").is_file():
         return {}
     labels = read_json(folder / "dataset.json").get("producer", {}).get("labels", {})
-    return {name: labels[name] for name in COMPUTED if name in labels}
+    encoder = labels.get("encoder") or {}
+    told = labels | {"encoder_mean": encoder.get("mean"), "encoder_std": encoder.get("std")}
+    return {name: told[name] for name in NEW_IN_PLANS if name in plan and name not in kept and told.get(name)}
 
 
 def _refusal(folder: Path, theirs: dict[str, Any], plan: dict[str, Any], differing: list[str]) -> str:
     """Which fields differ, and the way out."""
-    if not set(differing) <= set(COMPUTED):
+    if not set(differing) <= set(NEW_IN_PLANS if not set(COMPUTED) & set(theirs) else COMPUTED):
         told = "; ".join(_in_words(name, theirs.get(name), plan.get(name)) for name in differing)
         return f"{folder} was started with other settings ({told}); choose another --out or the old settings"
     then, now = (" ".join(f"--{name} {one.get(name)}" for name in COMPUTED) for one in (theirs, plan))

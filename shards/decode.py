@@ -138,22 +138,28 @@ def decode_rgb(data: bytes) -> Image.Image:
         ImageError: The bytes are no whole image, or of more than 512 megapixels; of the same bytes, always in the same
             words.
     """
-    return _decoded(data, lambda image: image)
+    return decode_with(data, lambda image: image)
 
 
 def decode_square(data: bytes, size: int, *, offset: float = 0.5) -> Decoded:
-    """The `square` of what `decode_rgb` gives; of images of more than 64 megapixels, one at a time is in memory.
+    """The `square` of what `decode_rgb` gives, as `decode_with`.
 
     Raises:
         ImageError: As `decode_rgb`.
     """
-    return _decoded(data, lambda image: Decoded(*square(image, size, offset=offset), image.size))
+    return decode_with(data, lambda image: Decoded(*square(image, size, offset=offset), image.size))
 
 
 T = TypeVar("T")
 
 
-def _decoded(data: bytes, use: Callable[[Image.Image], T]) -> T:
+def decode_with(data: bytes, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of the pixels that `decode_rgb` gives; of images of more than 64 megapixels, one at a time is in
+    memory until it has.
+
+    Raises:
+        ImageError: As `decode_rgb`.
+    """
     if not data:
         raise ImageError("empty file")
     try:
@@ -168,6 +174,8 @@ def _decoded(data: bytes, use: Callable[[Image.Image], T]) -> T:
         if is_heif(data[:FIRST_BYTES]):
             raise ImageError("a HEIC image, which is read where pillow-heif is installed") from error
         raise ImageError("not an image that Pillow knows (JPEG, PNG, WebP, ...)") from error
+    except MemoryError:  # this machine's, and no property of the image
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds for broken files; each is this image's reason
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -39,6 +39,8 @@ class Listing:
     def __init__(self):
         self.images: list[Found] = []
         self.left_out: Counter[str] = Counter()
+        self.keyed = False
+        """Whether images in tars have a .json of their own, as in WebDataset's shards."""
 
     def take(self, found: Found) -> None:
         """Take an image; one whose name is not UTF-8 cannot be read, and is named with escapes."""
@@ -47,7 +49,7 @@ class Listing:
         except UnicodeEncodeError:
             escaped = printable(found.name)
             found = found._replace(name=escaped, path=printable(found.path), fault="its name is not UTF-8; rename it")
-        self.images.append(found)
+        self.images.append(found._replace(label=printable(found.label)))
 
 
 def printable(name: str) -> str:
@@ -66,6 +68,11 @@ def labels_of(paths: Sequence[str], source: str) -> list[str]:
         below = [path[len(prefix) :] for path in paths if path.startswith(prefix)]
         tops = {path.partition("/")[0] for path in below if "/" in path}
         refuse_splits(tops, f"{source}/{prefix}".rstrip("/"))
+        truth = sorted(tops & {"labels", "masks"})
+        if "images" in tops and truth:
+            raise ValueError(
+                f"{source}/{prefix} holds images/ beside {' and '.join(truth)}/, which hold no images; name that folder"
+            )
         if len(tops) != 1:
             break
         deeper = f"{prefix}{tops.pop()}/"

@@ -19,10 +19,9 @@ from shards.formats import (
 from shards.found import Found, Listing
 from shards.image_tars import list_tars
 
+UNREADABLE = "{} may not be read by this user; make it readable, or move it elsewhere"
 MOST_ASKED = 10_000
 """Files of an object store whose first bytes are asked for, each a request."""
-OURS = ("/plan.json", "/environment.json")
-"""Files that make a folder one of ours: a shard set or a run."""
 
 
 def list_folder(folder: str, listing: Listing) -> None:
@@ -33,10 +32,12 @@ def list_folder(folder: str, listing: Listing) -> None:
         ValueError: A folder in it may not be read, or it holds tars and images.
     """
     files = _without_ours(_files(folder, listing), listing)
-    tars = {name: at for name, (at, _) in files.items() if name.endswith(".tar") and "/" not in name}
+    tars = {name: at for name, (at, fault) in files.items() if name.endswith(".tar") and "/" not in name and not fault}
     if any(name.startswith("images/") for name in files) and any(
         name.startswith(("labels/", "masks/")) for name in files
     ):
+        beside = [name for name in files if not name.startswith(("images/", "labels/", "masks/", "labels.txt"))]
+        listing.left_out.update(["beside images/"] * len(beside))
         files = {name[7:]: at for name, at in files.items() if name.startswith("images/")}
         tars = {}
     unsure: list[tuple[str, str]] = []
@@ -127,7 +128,10 @@ def _walk(folder: str, listing: Listing) -> Iterator[tuple[str, str, str]]:
     waiting, linked = [(folder, "")], []
     while waiting or linked:
         inside, prefix = waiting.pop() if waiting else linked.pop(0)
-        where = Path(inside).stat()
+        try:
+            where = Path(inside).stat()
+        except PermissionError:
+            raise ValueError(UNREADABLE.format(inside)) from None
         if (where.st_dev, where.st_ino) in seen or (prefix and _is_above(os.path.realpath(inside), root)):
             listing.left_out["links to folders that are read already, or that hold this one"] += 1
             continue
@@ -155,7 +159,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except PermissionError:
-        raise ValueError(f"{folder} may not be read by this user; make it readable, or move it elsewhere") from None
+        raise ValueError(UNREADABLE.format(folder)) from None
 
 
 def _is_above(folder: str, root: str) -> bool:
@@ -188,7 +192,10 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
 
 def _without_ours(files: dict[str, tuple[str, str]], listing: Listing) -> dict[str, tuple[str, str]]:
     """Without the figures and shards in run folders and shard sets of ours, each counted once."""
-    ours = {f"{name.rpartition('/')[0]}/" for name in files if name.endswith(OURS)}
+    runs = {name.removesuffix("environment.json") for name in files if name.endswith("/environment.json")}
+    sets = {name.removesuffix("plan.json") for name in files if name.endswith("/plan.json")}
+    shards = {f"{name.partition('/shards/')[0]}/" for name in files if "/shards/" in name} if sets else set()
+    ours = {folder for folder in runs if f"{folder}config.json" in files} | (sets & shards)
     if not ours:
         return files
     ours = {folder for folder in ours if not any(above in ours for above in _above(folder))}

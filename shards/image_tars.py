@@ -14,6 +14,8 @@ from shards.formats import FIRST_BYTES, OTHERS, SUFFIXES, kind_of, set_aside, st
 from shards.found import SPLITS, Found, Listing, labels_of, printable
 
 BLOCK, CHUNK = 512, 1 << 20
+OF_SHARDS = ("of", "shard", "part", "images", "imgs", "set", "data", "split")
+"""Words behind the name of a split."""
 Reader = BinaryIO | NativeFile
 
 
@@ -52,7 +54,7 @@ def list_tars(tars: dict[str, str], source: str, listing: Listing) -> None:
     for name in sorted(tars):
         list_tar(tars[name], listing, name)
     images = listing.images
-    if any(one.label for one in images) or _numbered(tars) or listing.left_out[".json"]:
+    if any(one.label for one in images) or _numbered(tars) or listing.keyed:
         return
     if len(set(labels_of([one.path for one in images], source)) - {""}) < 2:
         listing.images = [one._replace(path=one.name.replace(".tar/", "/", 1)) for one in images]
@@ -61,9 +63,9 @@ def list_tars(tars: dict[str, str], source: str, listing: Listing) -> None:
 def _refuse_splits_of_tars(names: Iterable[str], source: str) -> None:
     splits: dict[str, str] = {}
     for name in sorted(names):
-        for word in re.findall("[a-z]+", name.lower()):
-            if word in SPLITS:
-                splits.setdefault(SPLITS[word], name)
+        words = [word for word in re.findall("[a-z]+", name.lower().removesuffix(".tar")) if word not in OF_SHARDS]
+        if words and words[-1] in SPLITS:
+            splits.setdefault(SPLITS[words[-1]], name)
     if len(splits) > 1:
         raise ValueError(
             f"{source} holds tars of the splits {' and '.join(splits)} ({', '.join(splits.values())}); give each split "
@@ -136,6 +138,11 @@ def _followed(member: tarfile.TarInfo, named: dict[str, tarfile.TarInfo]) -> Mem
 def _take(file: Reader, location: str, members: list[Member], listing: Listing, folder: str) -> None:
     labels = {m.name[:-4]: _text(file, m) for m in members if m.name.endswith(".cls") and not m.fault}
     images = [member for member in members if _is_image(file, member, listing)]
+    stems = {member.name.rpartition(".")[0] for member in images}
+    listing.keyed |= any(m.name.endswith(".json") and m.name[:-5] in stems for m in members)
+    keys = stems | {_key(member.name) for member in images}
+    orphans = [stem for stem in labels if stem not in keys and not any(_key(stem) == _key(key) for key in keys)]
+    listing.left_out.update([".cls"] * len(orphans))
     classes = _Classes(labels, [member.name for member in images], location)
     for name, offset, size, fault in images:
         path = name.replace(".tar/", "/")
@@ -161,7 +168,7 @@ def _is_image(file: Reader, member: Member, listing: Listing) -> bool:
 
 def _text(file: Reader, member: Member) -> str:
     file.seek(member.offset)
-    return file.read(member.size).decode(errors="replace").strip()
+    return file.read(member.size).decode(errors="surrogateescape").strip()
 
 
 class _Classes:

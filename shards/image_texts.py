@@ -4,6 +4,7 @@ import codecs
 import os
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 
 from shards import storage
 from shards.formats import SUFFIXES, suffix_of
@@ -80,7 +81,7 @@ def _readings(line: str) -> Iterator[tuple[str, str]]:
 
 def _location(name: str, folder: str) -> str:
     """Where a name of the list lies, relative ones beside the list; empty where there is no such file."""
-    at = at_home(name)
+    at = name if name.startswith("~") and Path(folder, name).is_file() else at_home(name)
     location = at if storage.is_remote(at) or at.startswith("/") or not folder else f"{folder}/{at}"
     if storage.is_remote(location):
         return location

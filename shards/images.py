@@ -113,7 +113,8 @@ def list_images(source: str | Path) -> ImageList:
     )
     present = set(labels) - {""}
     numbers = all(label.isdecimal() for label in present)
-    classes = tuple(sorted(present, key=int if numbers else str)) if len(present) > 1 else ()
+    order = sorted(present, key=lambda label: (int(label) if numbers else 0, label))
+    classes = tuple(order) if len(order) > 1 else ()
     ids = {label: number for number, label in enumerate(classes)}
     images = sorted(
         (

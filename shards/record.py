@@ -1,6 +1,6 @@
 """The small files of a finished set, each as the others say it is: plan.json, sidecars, shard indexes, dataset.json."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,19 @@ def told_by_others(folder: Path, info: dict[str, Any]) -> Iterator[tuple[Path, b
             "tar": {"bytes": told["bytes"], "sha256": told["sha256"]},
             "index": {"bytes": len(contents), "sha256": sha256_bytes(contents)},
             "rejected": [one for one in rejected if one["ordinal"] in ordinals],
-            **{name: info["plan"][name] for name in COMPUTED if name in info["plan"]},
+            **_computed(info["plan"], sidecar),
         }
         yield index, contents
         yield sidecar, json_bytes(written)
+
+
+def _computed(plan: dict[str, Any], sidecar: Path) -> dict[str, str]:
+    """What labels were computed with; shards that were repaired in a set whose plan does not say, say it alone."""
+    told = plan
+    if not set(COMPUTED) & set(plan):
+        with suppress(FileNotFoundError, ValueError):
+            told = read_json(sidecar)
+    return {name: told[name] for name in COMPUTED if name in told}
 
 
 def _index_bytes(index: Path, sidecar: Path, ours: bytes) -> bytes:
@@ -71,13 +80,28 @@ def restore(folder: Path) -> list[str]:
     ]
     written = _write_changed([(folder / "dataset.json", json_bytes(info)), *merged_again])
     if all(is_named(folder, info, name) for name in ("index.parquet", "rejected.parquet")):
-        written += _write_changed(told_by_others(folder, info))
+        written += _write_changed(told_by_others(folder, info), whole=_whole_tars(folder, info))
     return written
 
 
-def _write_changed(files: Iterable[tuple[Path, bytes]]) -> list[str]:
+def _whole_tars(folder: Path, info: dict[str, Any]) -> Callable[[Path], bool]:
+    """Whether a file may be written: a sidecar vouches for its tar, and so only for the tar that was written."""
+
+    def may_be(path: Path) -> bool:
+        if not path.stem.isdigit() or path.suffix != ".json":
+            return True
+        tar = path.with_suffix(".tar")
+        return tar.is_file() and sha256_file(tar) == info["shards"][int(path.stem)]["sha256"]
+
+    return may_be
+
+
+def _write_changed(
+    files: Iterable[tuple[Path, bytes]], *, whole: Callable[[Path], bool] = lambda path: True
+) -> list[str]:
     """Write each file that does not hold its bytes; their names."""
     changed = [(path, told) for path, told in files if not path.is_file() or path.read_bytes() != told]
+    changed = [(path, told) for path, told in changed if whole(path)]
     for path, told in changed:
         write_whole(path, told)
     return [path.name for path, _ in changed]

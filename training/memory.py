@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
 """In torch's, CUDA's, MPS's and Ray's messages, in small letters."""
+OR_ELSEWHERE = ", in another --out if this one has shards or steps already"
 
 
 class OutOfMemory(Exception):
@@ -30,7 +31,8 @@ def asking_for_less(flag: str, tried: int, *, free: bool = False) -> Iterator[No
         if not out_of_memory(error):
             raise
         if tried > 1:
-            advice = f"run the same command with {flag} {tried // 2}" + (", which changes no result" if free else "")
+            where = ", which changes no result" if free else OR_ELSEWHERE
+            advice = f"run the same command with {flag} {tried // 2}{where}"
         else:
             advice = "take a smaller model or smaller images, or a machine with more memory"
         images = "image" if tried == 1 else "images"

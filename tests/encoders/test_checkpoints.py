@@ -72,6 +72,11 @@ def test_an_average_is_better_than_a_teacher_and_a_student_is_the_last_resort(or
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("average", ["swa_state_dict", "modelEma", "averaged_model", "model_EMA"])
+def test_averages_go_by_many_names(average):
+    assert branches({"state_dict": dict(OTHER), average: dict(PLAIN)})[0].name == average
+
+
 def test_registers_as_meta_keeps_them_become_timms(tmp_path):
     more = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
     theirs = metas_registers(small_vit(1, **more))

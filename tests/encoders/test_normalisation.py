@@ -151,7 +151,10 @@ def test_timms_training_saves_what_it_normalised_by(settings, values, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("config.json", {"architecture": "x", "pretrained_cfg": {"mean": MEAN, "std": STD}}),
+        (
+            "config.json",
+            {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": MEAN, "std": STD}},
+        ),
         ("preprocessor_config.json", {"image_mean": MEAN, "image_std": STD}),
     ],
 )
@@ -162,7 +165,12 @@ def test_the_settings_that_a_hub_keeps_beside_the_weights_are_read(name, content
     assert told(file) == ((MEAN, STD), f"{name} beside it says")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"pretrained_cfg": {"mean": 3}}', '{"pretrained_cfg": null}'])
+OF_OTHERS = '{"architecture": "convnext_base", "pretrained_cfg": {"mean": [0.1, 0.1, 0.1], "std": [0.1, 0.1, 0.1]}}'
+
+
+@pytest.mark.parametrize(
+    "content", [OF_OTHERS, "{", "[]", "3", '{"pretrained_cfg": {"mean": 3}}', '{"pretrained_cfg": null}']
+)
 def test_a_config_of_something_else_beside_the_weights_says_nothing(content, tmp_path):
     file = saved(tmp_path / "pytorch_model.bin", WEIGHTS)
     (tmp_path / "config.json").write_text(content)
@@ -289,3 +297,12 @@ def test_a_set_is_repaired_with_the_mean_it_was_built_with(tmp_path):
 def test_where_no_encoder_is_named_it_is_refused(config, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         config(**settings, **OURS)
+
+
+def test_a_classifier_under_model_alone_may_be_anybodys(tmp_path, capsys):
+    """timm's own plain ViTs want 0.5, and are saved so too."""
+    weights = tiny() | {"head.weight": torch.zeros(3, 12), "head.bias": torch.zeros(3)}
+
+    load_encoder(f"timm:vit_tiny_patch16_224={saved(tmp_path / 'weights.pth', {'model': under('', weights)})}", grid=2)
+
+    assert "does not say by which mean" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_a_repair_computes_as_the_set_was_computed(mine, made):
 
 
 def test_a_set_of_an_earlier_release_is_verified_reused_and_repaired_and_half_a_one_refused(mine, photos, made):
-    told(mine, device=None, precision=None)
+    told(mine, device=None, precision=None, encoder_mean=None, encoder_std=None)
     before = digests(mine)
 
     assert verify(mine, "deep") == []

@@ -3,7 +3,9 @@
 import io
 import os
 import tarfile
+import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +125,7 @@ def test_suffixes_that_pillow_reads_and_first_bytes_where_a_suffix_says_nothing(
     folder = put(tmp_path, "a.jfif", "b.jpe", "c", "d.jpg_large", ".hidden.jpg", "@eaDir/e.jpg", "run/parts.png")
     for name in ("f.ppm", "g.jp2", "h.tga", "i.avif"):
         Image.new("RGB", (9, 7)).save(folder / name)
-    for name in ("IMG_1.HEIC", "notes", "Thumbs.db", "table.csv", "run/environment.json"):
+    for name in ("IMG_1.HEIC", "notes", "Thumbs.db", "table.csv", "run/environment.json", "run/config.json"):
         (folder / name).write_bytes(b"....ftypheic no picture")
 
     listed = list_images(folder)
@@ -291,3 +293,67 @@ def test_a_sheet_of_ours_among_images_is_none(tmp_path):
 
     assert [image.name for image in listed.images] == ["3.png", "cat/1.png", "dog/2.png"]
     assert listed.left_out == (("sheet of ours", 1),)
+
+
+def test_what_stands_beside_images_and_their_truth_is_counted(tmp_path):
+    folder = put(tmp_path, "set/images/1.jpg", "set/labels/1.png", "set/more/2.jpg", "set/3.jpg")
+
+    assert list_images(folder / "set").left_out == (("beside images/", 2),)
+    with pytest.raises(ValueError, match=r"set/ holds images/ beside labels/, which hold no images; name that folder"):
+        list_images(folder)
+
+
+def test_a_class_folder_with_a_file_of_that_name_is_no_run_of_ours(tmp_path):
+    folder = put(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    (folder / "dog/environment.json").write_text("{}")
+
+    assert list_images(folder).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("notes", [{}, {"notes.json": b"{}"}], ids=["beside the tars", "in them"])
+def test_a_json_that_is_of_no_image_takes_no_classes(notes, tmp_path):
+    for name in ("cat", "dog"):
+        packed(tmp_path / f"{name}.tar", {"1.jpg": jpeg(), "2.jpg": jpeg(1)} | notes)
+    (tmp_path / "class_index.json").write_text("{}")
+
+    assert list_images(tmp_path).classes == ("cat", "dog")
+
+
+def test_classes_that_are_not_utf_8_are_told_apart(tmp_path):
+    put(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list.txt").write_bytes(b"a.jpg\tcaf\xe9\nb.jpg\tcaf\xe8\n")
+    packed(tmp_path / "set.tar", {"a.jpg": jpeg(), "a.cls": b"caf\xe9", "b.jpg": jpeg(1), "b.cls": b"caf\xe8"})
+
+    for source in ("list.txt", "set.tar"):
+        assert list_images(tmp_path / source).classes == ("caf\\xe8", "caf\\xe9")
+
+
+def test_classes_that_are_the_same_number_have_one_order(tmp_path):
+    folder = put(tmp_path, "1/a.jpg", "01/b.jpg", "2/c.jpg")
+
+    assert list_images(folder).classes == ("01", "1", "2")
+
+
+def test_an_image_is_not_bad_because_memory_ran_out():
+    def use(image: Image.Image) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        decode.decode_with(jpeg(), use)
+
+
+def test_of_large_images_one_at_a_time_is_in_memory_while_it_is_used(monkeypatch):
+    monkeypatch.setattr(decode, "LARGE", 50)
+    inside: list[Image.Image] = []
+    most: list[int] = []
+
+    def use(image: Image.Image) -> None:
+        inside.append(image)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: decode.decode_with(jpeg(), use), range(8)))
+
+    assert most == [1] * 8

@@ -199,3 +199,16 @@ def test_small_files_that_are_lost_come_back_from_the_others(make_shards):
     restore(shards.path)
 
     assert [path.read_bytes() for path in files] == before
+
+
+def test_a_lost_sidecar_does_not_come_back_to_vouch_for_a_damaged_tar(make_shards):
+    """As a repair leaves it that is killed: the sidecar goes first."""
+    shards = make_shards(size=16)
+    tar, _, sidecar = shard_paths(shards.path, 1)
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    sidecar.unlink()
+
+    assert restore(shards.path) == []
+    assert "000001.json" in {fault.shard for fault in verify(shards.path)}

@@ -37,7 +37,10 @@ def test_every_kind_becomes_one_sentence_with_half_of_what_was_tried(kind):
     with pytest.raises(OutOfMemory) as told, asking_for_less("--batch-size", 64):
         RAN_OUT[kind]()
 
-    assert str(told.value) == "out of memory with 64 images at once; run the same command with --batch-size 32"
+    advice = "in another --out if this one has shards or steps already"
+    assert (
+        str(told.value) == f"out of memory with 64 images at once; run the same command with --batch-size 32, {advice}"
+    )
 
 
 def test_the_kinds_that_this_machine_cannot_raise_are_known_by_name_and_number():
