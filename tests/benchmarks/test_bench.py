@@ -9,6 +9,7 @@ from conftest import photographs, small_parts
 
 from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
+from benchmarks.prepared import prepare
 from benchmarks.quiet import foreign_cores
 from benchmarks.rounds import ENOUGH, Block, Case, Row, interleaved, ratios, summary, verdict
 from pipeline.bench import bench
@@ -24,7 +25,7 @@ def test_bench_loader_tells_every_row_and_reuses_what_it_made(tmp_path):
 
     report = bench_loader(str(photos), out=tmp_path / "out", minutes=0.001, most=6, block_s=0.02)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
-    bench_loader(str(photos), out=tmp_path / "out", minutes=0.001, most=6, block_s=0.02)
+    prepare(str(photos), tmp_path / "out", most=6)
 
     names = {row.name for row in report.rows}
     one_core = {"stream", "imagefolder_mae", "webdataset", "decode_limit", "order_1_28m", "seek_1_28m"}

@@ -285,24 +285,24 @@ def test_extract_survives_a_killed_process_and_names_a_shard_that_failed(
     assert tars(tmp_path / "out") == tars(tmp_path / "local")
 
 
-def test_labels_are_computed_on_what_a_worker_finds_and_a_worker_without_it_says_so(cluster, learned, tmp_path):
+def test_labels_are_computed_on_what_a_worker_finds(cluster, learned, tmp_path):
     photos = photographs(tmp_path / "photos", 4)
+    settings: Any = {"size": 32, "samples_per_shard": 4, "batch_size": 4, "backend": "ray"}
+    run = RunConfig(out=tmp_path / "out", device="auto", threads=1)
 
-    def extract(out: Path, device: Any, precision: Any = "auto") -> None:
-        run = RunConfig(out=out, device=device, precision=precision, threads=1)
-        settings: Any = {"size": 32, "samples_per_shard": 4, "batch_size": 4, "backend": "ray"}
-        pipeline.extract.extract(ExtractConfig(images=str(photos), parts=learned, run=run, **settings))
-
-    extract(tmp_path / "out", "auto")
+    pipeline.extract.extract(ExtractConfig(images=str(photos), parts=learned, run=run, **settings))
 
     found = computed_here("auto", "auto")
     for file in (tmp_path / "out/plan.json", tmp_path / "out/shards/000000.json"):
         assert {name: read_json(file)[name] for name in found} == found
-    if not torch.cuda.is_available():
-        with pytest.raises(
-            ValueError, match=r"computed with --device cuda --precision fp32, and a worker has cpu alone"
-        ):
-            extract(tmp_path / "cuda", "cuda", "fp32")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_worker_without_the_device_of_the_plan_says_so(learned, tmp_path):
+    run = RunConfig(out=tmp_path / "out", device="cuda", precision="fp32")
+
+    with pytest.raises(ValueError, match=r"computed with --device cuda --precision fp32, and a worker has .*cpu alone"):
+        pipeline.extract.OnActor(ExtractConfig(images="photos", parts=learned, run=run), "digest", None)
 
 
 def test_a_shard_that_always_raises_is_tried_three_times_and_the_others_are_built(set_):
