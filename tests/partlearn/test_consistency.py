@@ -10,8 +10,9 @@ from encoders.load import load_encoder
 from partlearn.config import LearnConfig
 from partlearn.consistency import consistency_loss, second_view
 from partlearn.crops import CROP_SCALE, TokenCrops
+from shards.image_batches import ImageBatches
 from shards.images import list_images
-from training.augment import random_boxes, step_generator
+from training.augment import crop, random_boxes, step_generator
 from training.config import RunConfig
 
 GRID = 8
@@ -95,6 +96,24 @@ def test_the_second_crop_is_drawn_apart_from_the_first(tmp_path):
     assert again is not None
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(dim=1) for boxes in (first, again.boxes)]
     assert not torch.equal(areas[0].argsort(), areas[1].argsort())
+
+
+def test_a_step_learns_from_crops_of_half_to_all_of_each_image(tmp_path):
+    images = str(photographs(tmp_path / "photos", 6))
+    run = RunConfig(out=tmp_path, device="cpu", precision="fp32")
+    config = LearnConfig(images=images, encoder="x", grid=4, steps=1, crops=0, batch_size=6, seed=3, run=run)
+    encoder = load_encoder("random:vit_tiny_patch16_224", grid=4, precision="fp32")
+
+    with closing(TokenCrops(config, encoder, list_images(images)).batches(step=0)) as batches:
+        taken = next(batches).pixels
+
+    generator = step_generator(3, 0)
+    boxes = random_boxes(6, scale=(0.5, 1.0), generator=generator)
+    flip = torch.rand(6, generator=generator) < 0.5
+    with ImageBatches(list_images(images), size=encoder.size, batch_size=6, seed=3) as whole:
+        pixels, _ = next(iter(whole))
+    expected = crop(pixels.permute(0, 3, 1, 2).float() / 255, boxes, encoder.size, flip)
+    assert torch.equal(taken, (expected * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
 
 
 def test_kept_views_cannot_be_looked_at_again(tmp_path):
