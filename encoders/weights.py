@@ -36,7 +36,7 @@ class Weights:
     layout: str
     """Whose code writes such files; empty where many do."""
     heads: int | None
-    """Attention heads, where the file tells of others than its architecture's."""
+    """Number of attention heads, where the file gives another than its architecture has."""
     header: dict[str, Any]
     """Of a safetensors file."""
     args: Any

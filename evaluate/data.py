@@ -183,7 +183,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _pixels(file: ImageFile, size: int, stored: int | None) -> UInt8[np.ndarray, "side side 3"] | ImageError | OSError:
-    """An image's square as an array, or why there is none."""
+    """An image's square as an array, or the reason why it cannot be read."""
 
     def squared(image: Image.Image) -> np.ndarray:
         return np.asarray(centre_crop(image, size) if stored is None else square(image, stored)[0])

@@ -63,7 +63,7 @@ def repair(folder: Path, faults: list[Fault]) -> None:
     from pipeline.extract import extract
 
     before = read_json(folder / "dataset.json")
-    lost = [name for name in changed_fields(before) if name != "fingerprint"]  # that is made anew from the shards
+    lost = [name for name in changed_fields(before) if name != "fingerprint"]  # which extract computes again
     if lost:
         raise ShardError(
             f"{folder / 'dataset.json'} has lost its {' and '.join(lost)}, which no other file tells: run the extract "
