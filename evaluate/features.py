@@ -182,16 +182,8 @@ def kept_patches(
     """The patches that pretraining would keep: of the encoder's own grid, by the mean rank of the cells of each.
 
     Raises:
-        ValueError: There are no ranks, or their cells cannot be shared by the encoder's patches.
+        ValueError: There are no ranks.
     """
     if fgrank is None:
         raise ValueError(f"--tokens kept needs foreground ranks, and {source} holds none; use a shard set")
-    cells, grid = fgrank.shape[1], encoder.grid
-    if cells % grid:
-        sides = [cells // n for n in range(1, cells + 1) if cells % n == 0]
-        nearest = min(sides, key=lambda side: abs(side - grid)) * encoder.patch
-        raise ValueError(
-            f"--tokens kept needs patches that share the {cells}x{cells} foreground ranks of {source} evenly, and the "
-            f"encoder has {grid}x{grid} at {encoder.size} px; pass --size {nearest}"
-        )
-    return best_patches(torch.from_numpy(fgrank.astype(np.int64)), grid, share)
+    return best_patches(torch.from_numpy(fgrank.astype(np.int64)), (encoder.grid, encoder.grid), share)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain.masking.config import MaskingConfig, refuse_masks_out_of_range
 from training.config import RunConfig
 
 
@@ -29,7 +30,8 @@ class StreamRun(RunConfig):
 
 
 METHOD = (
-    *("masking", "mask_ratio", "gamma", "keep_share", "patch", "embed_dim", "depth", "heads"),
+    *(field.name for field in fields(MaskingConfig)),
+    *("patch", "embed_dim", "depth", "heads"),
     *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
 )
 """What a preset fixes."""
@@ -38,7 +40,7 @@ FREE = ("epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(MaskingConfig):
     """A masked autoencoder on a shard set. The paper's runs: 800 epochs, batch 4,096, patch 16 with every patch, or
     patch 8 with the foreground quarter (--keep-share 0.25)."""
 
@@ -50,14 +52,6 @@ class PretrainConfig:
     preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
     """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
     Default: a model and a schedule that fit the set and the machine."""
-    masking: Literal["semmae", "random"] = "semmae"
-    """semmae: masks go from a share of every part to whole parts as training proceeds. random: MAE's masks."""
-    mask_ratio: float = 0.75
-    """Share of the kept patches that is masked."""
-    gamma: float = 2.0
-    """alpha = progress ** gamma takes the masks from inside parts (0) to whole parts (1)."""
-    keep_share: float = 1.0
-    """Share of the patches that are used at all, chosen by foreground rank; the paper's patch 8 keeps 0.25."""
     patch: int = 16
     """Patch side in pixels."""
     embed_dim: int = 768
@@ -99,6 +93,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         refuse_out_of_range({one.name: getattr(self, one.name) for one in fields(self)})
+        self.refuse_idle_settings()
         for dim, heads in (("embed_dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self, dim) % 4 or getattr(self, dim) % getattr(self, heads):
                 raise ValueError(
@@ -112,13 +107,9 @@ def refuse_out_of_range(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: One is out of its range.
     """
-    if not 0 < (ratio := settings.get("mask_ratio", 0.5)) < 1:
-        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {ratio}")
-    for name in ("keep_share", "crop_scale"):
-        if not 0 < settings.get(name, 1) <= 1:
-            raise ValueError(f"{name} must lie in (0, 1], got {settings[name]}")
-    if not settings.get("gamma", 1) > 0:
-        raise ValueError(f"gamma must be above 0, got {settings['gamma']}")
+    refuse_masks_out_of_range(settings)
+    if not 0 < settings.get("crop_scale", 1) <= 1:
+        raise ValueError(f"crop_scale must lie in (0, 1], got {settings['crop_scale']}")
     for name in ("window", "substitutes"):
         if settings.get(name, 0) < 0:
             raise ValueError(f"{name} must not be negative, got {settings[name]}")

@@ -14,7 +14,8 @@ def bytes_per_image(config: PretrainConfig, size: int, *, bf16: bool) -> int:
 
     bytes = 40 · (depth · dim · visible tokens + decoder depth · decoder dim · kept tokens),   twice that in fp32
     """
-    kept = kept_count(size // config.patch, config.keep_share)
+    side = size // config.patch
+    kept = kept_count((side, side), config.keep_share)
     visible = kept - masked_count(kept, config.mask_ratio)
     encoder = config.depth * config.embed_dim * (visible + 1)
     decoder = config.decoder_depth * config.decoder_dim * (kept + 1)

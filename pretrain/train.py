@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.masking.budget import masked_count, purity
+from pretrain.masking.budget import masked_count
+from pretrain.masking.config import MaskingConfig
+from pretrain.masking.inputs import CPU, Inputs
 from pretrain.masking.patches import kept_count
 from pretrain.masking.semmae import alpha_at
+from pretrain.masking.strategies import OF_ATTENTION, refuse_missing_labels
 from pretrain.memory import images_at_once
+from pretrain.objective import Objective, new_masking
+from shards.batches import Batch
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import distributed
@@ -89,11 +95,13 @@ class Pretraining(Task):
         self.device = pick_device(config.run.device)
         if self.device.type == "cuda":
             torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
-        self.model = build(config, shards.size).to(self.device)
-        plain_attention_on_cpu(self.model, self.device)
-        self.wrapped = on_ranks(self.model, self.device)
+        self.model = build(config, shards.size)
+        self.masking = new_masking(config, self.model, shards.heads)
+        self.objective = Objective(self.model, self.masking).to(self.device)
+        plain_attention_on_cpu(self.objective, self.device)
+        self.wrapped = on_ranks(self.objective, self.device)
         self.micro_batch = config.run.micro_batch or _what_fits(config, shards.size, self.device)
-        self.optimizer = new_optimizer(self.model, config)
+        self.optimizer = new_optimizer(self.objective, config)
         self.stream = Stream(
             shards,
             batch_size=config.batch_size,
@@ -101,6 +109,7 @@ class Pretraining(Task):
             window=config.window,
             flip=config.flip,
             crop_scale=config.crop_scale,
+            attention=config.masking in OF_ATTENTION,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             threads=config.run.threads,
@@ -113,21 +122,36 @@ class Pretraining(Task):
 
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """MAE's loss is a mean over images, each with as many masked patches: a micro-batch weighs as its images do."""
-        side, groups, progress = self.model.side, self.shards.groups, step / self.total
-        self.masked = mask_batch(next(self.batches), self.config, side=side, groups=groups, progress=progress)
+        self.masked = self.mask(next(self.batches), step)
         pieces = self.masked.pieces(self.micro_batch)
         for number, piece in enumerate(pieces, start=1):
             with gradients_stay_here(self.wrapped, where=number < len(pieces)):
                 loss = masked_loss(self.wrapped, piece, self.config, self.device)
                 yield loss * (len(piece.images) / len(self.masked.images))
 
+    def mask(self, batch: Batch, step: int) -> Masked:
+        """The masks of a step's batch; a masking that learns takes its own update first."""
+        self.inputs = inputs_of(batch, self.config, self.shards, self.device if self.masking else CPU)
+        if self.masking is None:
+            return mask_batch(self.inputs, step / self.total)
+        self.masking.begin(self.inputs, self.rate(step))
+        return self.masking.masked(self.inputs, step / self.total)
+
+    def accept(self, step: int) -> None:
+        if self.masking is not None:
+            self.masking.accept(self.model, step / self.total)
+
     def figures(self, step: int) -> dict[str, float]:
-        whole = purity(self.masked.mask, self.masked.labels, self.shards.groups).to(self.device)
-        alpha = alpha_at(step / self.total, self.config.gamma)
-        return {"alpha": alpha, "purity": distributed.mean_over_ranks(whole).item()}
+        shares = self.inputs.shares_of_parts(self.masked.ids_masked)
+        purity, touched = distributed.mean_over_ranks(shares.to(self.device)).tolist()
+        own = self.masking.figures() if self.masking else {}
+        if self.config.masking == "semmae":
+            epoch = int(self.inputs.batch.epochs[0])
+            own["alpha"] = alpha_at(step / self.total, self.config, epoch)
+        return {"purity": purity, "touched": touched, **own}
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        return self.objective.tensors()
 
     def metadata(self) -> dict[str, Any]:
         config = self.config
@@ -146,18 +170,18 @@ class Pretraining(Task):
             "decoder_depth": config.decoder_depth,
             "decoder_heads": config.decoder_heads,
             "norm_pix_loss": config.norm_pix_loss,
-            "masking": config.masking,
-            "mask_ratio": config.mask_ratio,
-            "keep_share": config.keep_share,
-            "gamma": config.gamma,
         }
-        return {"vit": vit, "mae": mae, "data_fingerprint": self.shards.identity}
+        masks = {field.name: getattr(config, field.name) for field in fields(MaskingConfig)}
+        return {"vit": vit, "mae": mae | masks, "data_fingerprint": self.shards.identity}
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"stream": self.stream.state(step * self.batch_size)}
+        own = {"masking": self.masking.own_state()} if self.masking else {}
+        return {"stream": self.stream.state(step * self.batch_size), **own}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.model.load_state_dict(tensors)
+        self.objective.load_tensors(tensors)
+        if self.masking is not None:
+            self.masking.load_own_state(state["masking"])
         self.stream.resume(state["stream"])
 
     def open(self, step: int) -> None:
@@ -174,13 +198,19 @@ def masked_loss(model: nn.Module, masked: Masked, config: PretrainConfig, device
     """The loss of these images, in the run's precision.
 
     Args:
-        model: An `MAE`, or what wraps one (DistributedDataParallel, torch.compile).
+        model: An `Objective`, or what wraps one (DistributedDataParallel, torch.compile).
         masked: On the CPU or on the device.
     """
-    mean, std = _mean_and_std(device)
-    images = (masked.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    masked, (mean, std) = masked.to(device), _mean_and_std(device)
+    images = (masked.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
-        return model(images, masked.ids_visible.to(device), masked.ids_masked.to(device))
+        return model(images, masked.ids_visible, masked.ids_predicted, *masked.learned)
+
+
+def inputs_of(batch: Batch, config: PretrainConfig, shards: ShardSet, device: torch.device = CPU) -> Inputs:
+    """A batch of `shards` as the maskings of this config see it."""
+    side = shards.size // config.patch
+    return Inputs(batch, config, config.seed, (side, side), shards.groups, shards.background, device)
 
 
 def _what_fits(config: PretrainConfig, size: int, device: torch.device) -> int | None:
@@ -200,20 +230,11 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
-    if config.masking == "semmae" and shards.groups < 2:
-        raise ValueError(
-            f"--masking semmae needs part labels, and {config.data} has {shards.groups} group of them; "
-            "extract with a part learner, or take --masking random"
-        )
+    refuse_missing_labels(config.masking, shards)
     if shards.size % config.patch:
         raise ValueError(f"--patch {config.patch} does not divide the {shards.size}-px images of {config.data}")
     side = shards.size // config.patch
-    if shards.grid % side:
-        raise ValueError(
-            f"{side}x{side} patches do not divide the {shards.grid}x{shards.grid} label grid of {config.data}; "
-            "choose another --patch, or extract with another --grid"
-        )
-    kept = kept_count(side, config.keep_share)
+    kept = kept_count((side, side), config.keep_share)
     masked = masked_count(kept, config.mask_ratio)
     if not 0 < masked < kept:
         raise ValueError(
@@ -222,7 +243,7 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
         )
 
 
-def new_optimizer(model: MAE, config: PretrainConfig) -> torch.optim.AdamW:
+def new_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices; none on biases, norms and tokens. The loop sets its rate."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     plain = {name for name, weight in trained if weight.ndim == 1 or name.endswith(("cls_token", "mask_token"))}

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64, UInt64
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ORDER, FLIP, CROP, MASK, PART_ORDER, VIEW, SHARDS, TIES = range(8)  # purposes: never renumber, draws depend on them
+BLOCK, COLOR, HINT, PREDICTED, GUMBEL, RECTANGLE, INIT = range(8, 15)
 
 
 def uniform(

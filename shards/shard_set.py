@@ -96,6 +96,18 @@ class ShardSet:
             )
         self.labels, self.grid, self.groups, self.heads = theirs, theirs.grid, theirs.groups, theirs.heads
 
+    @property
+    def num_parts(self) -> int:
+        """Parts that the set says its labels have; the background, where there is one, is one group more. A set that
+        does not say has a background."""
+        producer = (self.labels or self).info.get("producer", {})
+        return producer.get("labels", {}).get("parts", max(1, self.groups - 1))
+
+    @property
+    def background(self) -> int | None:
+        """The label that means no part; None where every label is a part."""
+        return self.num_parts if self.num_parts < self.groups else None
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("shards", "training", "encoders", "partlearn", "pretrain", "evaluate", "pipeline")
 COMPUTES_NOTHING = (
     *("config", "errors", "__init__", "__main__", "protocol", "stored_labels", "task", "objective"),
+    "pretrain/masking/learned",
     *("pipeline/bench", "pipeline/cli", "pipeline/help", "pipeline/cluster", "pipeline/creatures", "pipeline/demo"),
 )
 """Settings, types and command lines; what draws examples and times; the cluster, whose faults are other machines'."""

@@ -24,7 +24,7 @@ from partlearn.train import PartLearning, new_learner, parts_loss
 from partlearn.train import new_optimizer as learn_optimizer
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import build, masked_loss, new_optimizer
+from pretrain.train import build, inputs_of, masked_loss, new_optimizer
 from shards.batches import Batch, in_order
 from shards.shard_set import ShardSet
 from training.config import RunConfig
@@ -73,9 +73,8 @@ def pretrain_config(bench: Bench, out: Path, precision: Any = "auto", **changes:
 
 def masked_batch(bench: Bench, config: PretrainConfig, device: torch.device, progress: float = 0.5) -> Masked:
     with ShardSet.open(config.data) as shards:
-        groups = shards.groups
-    batch, side = first_batch(bench, config.batch_size), SIZE // config.patch
-    return mask_batch(batch, config, side=side, groups=groups, progress=progress, device=device)
+        batch = first_batch(bench, config.batch_size)
+        return mask_batch(inputs_of(batch, config, shards, device), progress)
 
 
 def pretrain_step(bench: Bench, device: torch.device, precision: str) -> Stepped:

@@ -18,7 +18,7 @@ def step_flops(config: PretrainConfig, size: int) -> float:
     58.7e9 for ViT-B/16 at 224 px with a decoder of 8 blocks, 512 wide, and three quarters masked.
     """
     side = size // config.patch
-    kept = kept_count(side, config.keep_share)
+    kept = kept_count((side, side), config.keep_share)
     visible, pixels = int(kept * (1 - config.mask_ratio)), 3 * config.patch**2
     dim, narrow = config.embed_dim, config.decoder_dim
     forward = (

@@ -20,7 +20,7 @@ from benchmarks.rounds import Row, exact
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import build, masked_loss, new_optimizer
+from pretrain.train import build, inputs_of, masked_loss, new_optimizer
 from shards.batches import Batch
 from shards.decode import simplejpeg
 from shards.shard_set import ShardSet
@@ -105,7 +105,7 @@ class Bed:
     batches: Generator[Batch, None, None]
 
     def masked(self, batch: Batch) -> Masked:
-        return mask_batch(batch, self.config, side=self.model.side, groups=self.shards.groups, progress=PROGRESS)
+        return mask_batch(inputs_of(batch, self.config, self.shards), PROGRESS)
 
     def step(self, masked: Masked) -> torch.Tensor:
         return update(self.optimizer, [masked_loss(self.stepped, masked, self.config, self.device)])[0]
@@ -113,7 +113,7 @@ class Bed:
     def ready(self) -> Masked:
         """A masked batch that is on the device already."""
         masked = self.masked(next(self.batches))
-        return Masked(*(getattr(masked, field.name).to(self.device) for field in dataclasses.fields(masked)))
+        return masked.to(self.device)
 
 
 @contextmanager
@@ -215,12 +215,16 @@ def _masks(bench: Bench, batch: int) -> Iterator[Row]:
     """Masks of a batch on the host, in line with the step as today, and on the device."""
     for model in ("ViT-B/16", "ViT-B/8 foreground quarter"):
         with bed(bench, model, batch) as on:
-            one, side, groups = next(on.batches), on.model.side, on.shards.groups
+            one = next(on.batches)
             for where, device in (("host", torch.device("cpu")), ("device", on.device)):
-                mask = partial(mask_batch, one, on.config, side=side, groups=groups, progress=PROGRESS, device=device)
+                mask = partial(_mask, one, on, device)
                 taken = seconds_of(mask, device=bench.device, seconds=bench.measuring(0.4))
                 each = [1e6 * seconds / batch for seconds in taken]
                 yield quartiles(f"patch_{on.config.patch}_on_{where}", "us/image", each)
+
+
+def _mask(batch: Batch, on: Bed, device: torch.device) -> Masked:
+    return mask_batch(inputs_of(batch, on.config, on.shards, device), PROGRESS)
 
 
 def _kernels(bench: Bench, model: str, batch: int, *, compiled: bool) -> Iterator[Row]:

@@ -37,19 +37,12 @@ def score_against_truth(sets: dict[str, ShardSet], *, truth: Path) -> list[dict[
     rows = []
     for method, shards in sets.items():
         images, parts, fgrank = _stored(shards)
-        true, groups = _true_cells(shards, truth), 1 + parts_of_set(shards)
+        true, groups = _true_cells(shards, truth), 1 + shards.num_parts
         scores = score(background_first(parts, groups), fgrank, true, images, groups)
         rows.append({"method": method} | {name: scores[name] for name in SHOWN})
     for control, scores in shortcuts(true, images, groups).items():
         rows.append({"method": control} | {name: scores[name] for name in SHOWN})
     return rows
-
-
-def parts_of_set(shards: ShardSet) -> int:
-    """Parts that a set says its labels have; the background, where there is one, is one group more. A set that does
-    not say has a background."""
-    producer = (shards.labels or shards).info.get("producer", {})
-    return producer.get("labels", {}).get("parts", shards.groups - 1)
 
 
 def _stored(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate.parts.stored import parts_of_set
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import Masked, mask_batch
-from pretrain.train import build
+from pretrain.train import build, inputs_of
 from shards.atomic import read_json, write_whole
 from shards.batches import STORED, Batch, Reader
 from shards.order import permutation
@@ -26,10 +25,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     config, batch = _config(run), _pick(shards, seed)
     model = build(config, shards.size).eval()
     model.load_state_dict(load_tensors(find(run))[0])
-    masks = [
-        mask_batch(batch, config, side=model.side, groups=shards.groups, progress=progress)
-        for progress in (0.0, 0.5, 1.0)
-    ]
+    masks = [mask_batch(inputs_of(batch, config, shards), progress) for progress in (0.0, 0.5, 1.0)]
     images = batch.images.astype(np.float32)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
@@ -40,7 +36,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
 
     columns = [
         images,
-        tinted(images, batch.parts, 1 + parts_of_set(shards)),
+        tinted(images, batch.parts, 1 + shards.num_parts),
         images * enlarged(brightness(batch.fgrank), shards.size),
         *(_with_holes(images, masked, model.side) for masked in masks),
         rebuilt(masks[0]),

@@ -4,11 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pretrain.mae import MAE, normalised_per_patch, patchify, unpatchify
-from pretrain.masking.patches import best_patches, pool_labels, split
 from pretrain.position import sincos_positions
 
 
@@ -147,34 +144,3 @@ def test_patches_come_back():
 
 def test_a_flat_patch_is_no_division_by_zero():
     assert torch.isfinite(normalised_per_patch(torch.full((1, 1, 192), 0.3))).all()
-
-
-@given(seed=st.integers(0, 99), block=st.sampled_from([1, 2, 3]), groups=st.integers(1, 5))
-def test_pooled_labels_are_majorities_with_ties_to_the_lower_label(seed, block, groups):
-    parts = torch.randint(0, groups, (2, 4 * block, 4 * block), generator=torch.Generator().manual_seed(seed))
-
-    pooled = pool_labels(parts, 4, groups)
-
-    for b in range(2):
-        for y in range(4):
-            for x in range(4):
-                cells = parts[b, y * block : (y + 1) * block, x * block : (x + 1) * block].flatten().tolist()
-                expected = min(range(groups), key=lambda label: (-cells.count(label), label))
-                assert pooled[b, 4 * y + x].item() == expected
-
-
-def test_labels_that_patches_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="28x28 cells cannot be shared by 16x16 patches"):
-        pool_labels(torch.zeros(1, 28, 28).long(), 16, 7)
-
-
-def test_the_quarter_best_in_foreground_leaves_49_of_196_visible():
-    fgrank = torch.randperm(784).reshape(1, 28, 28)
-
-    kept = best_patches(fgrank, 28, 0.25)
-    mask = torch.arange(196)[None] < 147
-    visible, masked = split(kept, mask)
-
-    assert sorted(fgrank.flatten()[kept[0]].tolist()) == list(range(196))
-    assert (visible.shape[1], masked.shape[1]) == (49, 147)
-    assert sorted(torch.cat([visible, masked], dim=1)[0].tolist()) == kept[0].tolist()

@@ -13,6 +13,7 @@ import torch
 
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.batch import mask_batch
+from pretrain.masking.inputs import Inputs
 from pretrain.train import Pretraining, pretrain
 from shards.batches import Batch
 from shards.errors import ShardError
@@ -91,14 +92,16 @@ def test_masks_go_from_inside_parts_to_whole_parts_as_the_run_goes_on(make_shard
     with ShardSet.open(settings.data) as shards:
         task = Pretraining(settings, shards)
         task.open(0)
-        purities = []
+        figures = []
         for step in (0, task.total):
             list(task.losses(step))
-            purities.append(task.figures(step)["purity"])
+            figures.append(task.figures(step))
         task.close()
 
-    assert purities[0] < 0.1
-    assert purities[1] > 0.7
+    assert figures[0]["purity"] < 0.1
+    assert figures[0]["touched"] == 1
+    assert figures[1]["purity"] > 0.7
+    assert figures[1]["touched"] < 0.95
 
 
 def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -206,8 +209,7 @@ def painted_batch(count: int = 8, grid: int = 4, cell: int = 8) -> Batch:
 
 
 def test_a_kept_quarter_is_masked_by_its_own_counts(tmp_path):
-    masked = mask_batch(painted_batch(), config(tmp_path, tmp_path, keep_share=0.5), side=4, groups=5, progress=0.0)
+    masked = mask_batch(Inputs(painted_batch(), config(tmp_path, tmp_path, keep_share=0.5), 0, (4, 4), 5), 0.0)
 
-    assert masked.mask.shape == (8, 8)
-    assert (masked.mask.sum(1) == 6).all()
+    assert masked.ids_masked.shape == (8, 6)
     assert masked.ids_visible.shape == (8, 2)

@@ -27,3 +27,22 @@ def mask_of(labels: list[int], noise: list[float], masked: list[int]) -> list[bo
         for patch in sorted(members, key=lambda patch: noise[patch])[:count]:
             mask[patch] = True
     return mask
+
+
+def released_mask(labels: list[int], noise: list[float], order: list[int], ratio: float, alpha: float) -> list[bool]:
+    """The same with the roundings of the released code: Python's round, too, takes halves to the even number."""
+    patches, keep = len(labels), int(len(labels) * (1 - ratio))
+    budget, quota = patches * ratio, {}
+    for part in order:
+        size = labels.count(part)
+        whole = min(size, max(0, int(budget)))
+        budget -= size
+        quota[part] = round((1 - alpha) * round(size * ratio) + alpha * whole)
+    shuffled = sorted(range(patches), key=lambda patch: (noise[patch], patch))
+    hidden, shown, seen = [], [], dict.fromkeys(order, 0)
+    for patch in shuffled:
+        part = labels[patch]
+        seen[part] += 1
+        (hidden if seen[part] <= quota[part] else shown).append(patch)
+    visible = (shown + hidden)[:keep]
+    return [patch not in visible for patch in range(patches)]

@@ -8,7 +8,7 @@ import pytest
 from conftest import write_samples
 from PIL import Image
 
-from evaluate.parts.stored import parts_of_set, score_against_truth
+from evaluate.parts.stored import score_against_truth
 from shards.sample import LabelledImage
 from shards.shard_set import ShardSet
 from training.contact_sheet import BACKGROUND, tinted
@@ -51,7 +51,7 @@ def test_labels_that_are_right_score_one_and_no_part_is_taken_for_a_background(b
     with stored(tmp_path, background=background) as shards:
         row, *controls = score_against_truth({"right": shards}, truth=tmp_path / "true")
 
-        assert parts_of_set(shards) == PARTS
+        assert shards.num_parts == PARTS
     assert row["foreground_ap"] == row["nmi"] == row["ari"] == pytest.approx(1)
     assert row["parts_used"] > PARTS - 1
     assert [control["method"] for control in controls][:2] == ["bands", "colour"]
@@ -66,12 +66,12 @@ def test_truth_of_another_size_is_refused(tmp_path):
 
 
 def test_a_set_that_does_not_say_how_many_parts_it_has_has_a_background(make_shards):
-    assert parts_of_set(make_shards(groups=4)) == 3
+    assert make_shards(groups=4).num_parts == 3
 
 
 def test_no_part_is_drawn_as_background_where_there_is_none(tmp_path):
     with stored(tmp_path, background=False) as shards:
         cells = np.tile(np.arange(PARTS), (1, PARTS, 1))
-        colours = tinted(np.zeros((1, PARTS, PARTS, 3)), cells, 1 + parts_of_set(shards))
+        colours = tinted(np.zeros((1, PARTS, PARTS, 3)), cells, 1 + shards.num_parts)
 
     assert not np.isclose(colours, 0.65 * BACKGROUND).all(axis=-1).any()

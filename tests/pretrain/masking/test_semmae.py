@@ -1,22 +1,18 @@
 """Algorithm 1: exact counts, the worked table, and a loop written from the paper."""
 
-import dataclasses
 from fractions import Fraction
-from typing import get_args, get_type_hints
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.algorithm1 import counts, mask_of
+from reference.algorithm1 import counts, mask_of, released_mask
+from some_inputs import inputs_of
 
-from pretrain.config import PretrainConfig
-from pretrain.masking.budget import lowest, masked_count, purity
-from pretrain.masking.inputs import Inputs
-from pretrain.masking.semmae import alpha_at, masked_per_part, semantic_scores
+from pretrain.masking.budget import lowest, masked_count, purity_and_touched
+from pretrain.masking.config import MaskingConfig
+from pretrain.masking.semmae import alpha_at, masked_per_part, released_scores, semantic_scores
 from pretrain.masking.strategies import STRATEGIES
-from shards.batches import Batch
 from shards.rng import PART_ORDER
 
 awkward_sizes = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 40)), min_size=1, max_size=9).filter(
@@ -140,7 +136,9 @@ def test_at_alpha_1_at_most_one_part_is_cut(sizes, seed):
     found = masked_counts(mask, labels, len(sizes))
     assert sum(0 < masked < size for masked, size in zip(found, sizes, strict=True)) <= 1
     there = sum(size > 0 for size in sizes)
-    assert purity(mask, labels, len(sizes)).item() >= (there - 1) / there - 1e-6
+    purity, touched = purity_and_touched(mask, labels, len(sizes)).tolist()
+    assert purity >= (there - 1) / there - 1e-6
+    assert touched == pytest.approx(sum(count > 0 for count in found) / there)
 
 
 def test_inside_a_part_the_least_noise_is_hidden():
@@ -163,59 +161,6 @@ def test_a_mask_depends_on_its_own_row_alone():
         assert torch.equal(alone[0], together[row])
 
 
-def a_batch(images: int, patches: int, parts: int, seed: int, epoch: int = 3) -> Inputs:
-    labels = torch.randint(0, parts, (images, patches), generator=torch.Generator().manual_seed(seed))
-    nothing, indices = np.zeros((images, 1, 1)), np.arange(images) + 10
-    pixels, cells, ranks = np.zeros((images, 1, 1, 3), np.uint8), nothing.astype(np.uint8), nothing.astype(np.uint16)
-    whole = Batch(pixels, cells, ranks, indices, indices, np.full(images, epoch), 0)
-    return Inputs(whole, labels, parts, masked_count(patches, 0.75), gamma=2.0, seed=seed)
-
-
-def part_of(inputs: Inputs, rows: slice) -> Inputs:
-    names = ("images", "parts", "fgrank", "class_ids", "indices", "epochs")
-    batch = dataclasses.replace(inputs.batch, **{name: getattr(inputs.batch, name)[rows] for name in names})
-    return dataclasses.replace(inputs, batch=batch, labels=inputs.labels[rows])
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-@given(patches=st.integers(4, 60), parts=st.integers(2, 8), progress=st.floats(0, 1), seed=st.integers(0, 99))
-def test_every_masking_masks_exactly_its_budget_and_each_image_by_itself(name, patches, parts, progress, seed):
-    inputs = a_batch(4, patches, parts, seed)
-
-    scores = STRATEGIES[name](inputs, progress)
-    mask = lowest(scores, inputs.masked)
-
-    assert scores.isfinite().all()
-    assert (mask.sum(dim=1) == inputs.masked).all()
-    assert torch.equal(scores, STRATEGIES[name](inputs, progress))
-    alone = [STRATEGIES[name](part_of(inputs, slice(row, row + 1)), progress) for row in range(4)]
-    assert torch.equal(torch.cat(alone), scores)
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_masking_draws_anew_for_each_image_epoch_and_seed(name):
-    masks = [
-        lowest(STRATEGIES[name](a_batch(2, 196, 6, seed, epoch), 0.5), 147)[row]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-        for row in range(2)
-    ]
-
-    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
-
-
-def test_the_maskings_of_the_config_are_those_there_are():
-    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == set(STRATEGIES)
-
-
-def test_random_masking_masks_the_least_noise():
-    inputs = a_batch(5, 196, 3, 0)
-
-    mask = lowest(STRATEGIES["random"](inputs, 0.5), inputs.masked)
-
-    assert inputs.masked == 147
-    assert (inputs.noise[mask].reshape(5, -1).amax(1) < inputs.noise[~mask].reshape(5, -1).amin(1)).all()
-
-
 @given(sizes=awkward_sizes, alpha=st.floats(0, 1), seed=st.integers(0, 99))
 def test_semantic_scores_below_0_are_the_mask(sizes, alpha, seed):
     labels, masked = labels_of(sizes, seed), masked_count(sum(sizes), 0.75)
@@ -225,15 +170,62 @@ def test_semantic_scores_below_0_are_the_mask(sizes, alpha, seed):
     assert torch.equal(lowest(scores, masked), scores < 0)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 3.0])
-def test_semmae_masks_by_its_progress_and_gamma(gamma):
-    inputs = dataclasses.replace(a_batch(3, 49, 5, 0), gamma=gamma)
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        *[({}, 0.25), ({"gamma": 3.0}, 0.125), ({"alpha": 0.4}, 0.4), ({"curriculum": "cosine"}, 0.5)],
+        *[({"curriculum": "falling", "gamma": 1.0}, 0.5), ({"curriculum": "released"}, (400 / 800) ** 2)],
+    ],
+)
+def test_masks_follow_the_curriculum_that_was_asked_for(settings, alpha):
+    inputs = inputs_of("semmae", images=3, shape=(7, 7), groups=5, epoch=399, **settings)
     order = inputs.uniform(PART_ORDER, 5)
 
-    expected = semantic_scores(inputs.labels, inputs.noise, order, masked=inputs.masked, alpha=0.5**gamma)
+    expected = semantic_scores(inputs.labels, inputs.noise, order, masked=inputs.masked, alpha=alpha)
 
     assert torch.equal(STRATEGIES["semmae"](inputs, 0.5), expected)
 
 
 def test_alpha_goes_from_0_to_1_with_progress():
-    assert [alpha_at(progress, 2.0) for progress in (0, 0.5, 1, 1.5)] == [0, 0.25, 1, 1]
+    assert [alpha_at(progress, MaskingConfig()) for progress in (0, 0.5, 1, 1.5)] == [0, 0.25, 1, 1]
+    falling, cosine = MaskingConfig(curriculum="falling"), MaskingConfig(curriculum="cosine")
+    assert [alpha_at(progress, falling) for progress in (0, 0.5, 1)] == [1, 0.25, 0]
+    assert [alpha_at(progress, cosine) for progress in (0, 1 / 3, 1)] == pytest.approx([0, 0.25, 1])
+
+
+def test_the_released_alpha_goes_by_the_epoch_of_800_whatever_the_run():
+    released = MaskingConfig(curriculum="released")
+
+    assert [alpha_at(0.9, released, epoch) for epoch in (0, 99, 799, 1000)] == [1 / 640_000, 0.015625, 1, 1]
+
+
+@given(sizes=awkward_sizes, ratio=st.sampled_from([0.5, 0.6, 0.75, 0.9]), eighths=st.integers(0, 8), data=st.data())
+def test_the_released_rounding_is_the_released_loops_patch_by_patch(sizes, ratio, eighths, data):
+    labels = labels_of(sizes, data.draw(st.integers(0, 99)))
+    order = data.draw(st.permutations(range(len(sizes))))
+    noise = torch.tensor([data.draw(st.permutations(range(sum(sizes))))]) / 512
+
+    scores = released_scores(labels, noise, noise_of(order), mask_ratio=ratio, alpha=eighths / 8)
+    mask = lowest(scores, masked_count(sum(sizes), ratio))
+
+    assert mask[0].tolist() == released_mask(labels[0].tolist(), noise[0].tolist(), list(order), ratio, eighths / 8)
+
+
+def test_the_released_counts_miss_the_budget_where_the_exact_ones_do_not():
+    """Method reference, section 4: 36.75 of 49 patches, cut to 36, for the first permutation at alpha 1."""
+    sizes, order = [5, 0, 12, 9, 3, 20], [2, 5, 3, 0, 4, 1]
+    labels, noise = labels_of(sizes), torch.rand(1, 49)
+
+    scores = released_scores(labels, noise, noise_of(order), mask_ratio=0.75, alpha=1.0)
+
+    assert masked_counts(scores < -48, labels, 6) == [0, 0, 12, 4, 0, 20]
+    assert lowest(scores, 37).sum() == 37
+
+
+def test_the_released_rounding_is_used_where_it_was_asked_for():
+    inputs = inputs_of("semmae", images=3, shape=(7, 7), groups=5, rounding="released")
+    order = inputs.uniform(PART_ORDER, 5)
+
+    expected = released_scores(inputs.labels, inputs.noise, order, mask_ratio=0.75, alpha=0.25)
+
+    assert torch.equal(STRATEGIES["semmae"](inputs, 0.5), expected)

@@ -1,0 +1,40 @@
+"""A batch as maskings see it, of random labels, ranks and attention."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.config import PretrainConfig, StreamRun
+from pretrain.masking.inputs import Inputs
+from shards.batches import Batch
+
+
+def inputs_of(
+    masking: str,
+    *,
+    images: int = 4,
+    shape: tuple[int, int] = (14, 14),
+    cells: tuple[int, int] | None = None,
+    groups: int = 7,
+    seed: int = 0,
+    epoch: int = 3,
+    **settings: Any,
+) -> Inputs:
+    """Drawn by `seed`; `cells` of labels are as many as there are patches, where nothing else is said."""
+    random = np.random.default_rng(seed)
+    square = cells or shape
+    ranks = np.stack([random.permutation(square[0] * square[1]) for _ in range(images)])
+    batch = Batch(
+        images=random.integers(0, 256, (images, 8 * shape[0], 8 * shape[1], 3)).astype(np.uint8),
+        parts=random.integers(0, groups, (images, *square)).astype(np.uint8),
+        fgrank=ranks.reshape(images, *square).astype(np.uint16),
+        class_ids=np.zeros(images, np.int64),
+        indices=np.arange(images) + 10,
+        epochs=np.full(images, epoch),
+        position=0,
+        attn=random.integers(0, 256, (images, 3, *square)).astype(np.uint8),
+        attn_peak=random.random((images, 3)).astype(np.float32),
+    )
+    config = PretrainConfig(data="x", masking=masking, seed=seed, run=StreamRun(out=Path("x")), **settings)
+    return Inputs(batch, config, seed, shape, groups)
