@@ -95,8 +95,8 @@ class TokenLabeller:
         shape = (len(parts), self.grid, self.grid)
         attn = peaks = None
         if self.attention:
-            peaks = tokens.class_attention.amax(dim=-1).cpu().numpy()
-            attn = attention_bytes(tokens.class_attention).cpu().numpy().reshape(len(parts), -1, self.grid, self.grid)
+            peaks = labelled.class_attention.amax(dim=-1).cpu().numpy()
+            attn = attention_bytes(labelled.class_attention).cpu().numpy().reshape(*shape[:1], -1, *shape[1:])
         return Labels(
             parts.cpu().numpy().astype(np.uint8).reshape(shape),
             rank.cpu().numpy().astype(np.uint16).reshape(shape),

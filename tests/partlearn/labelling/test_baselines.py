@@ -130,18 +130,24 @@ def test_an_image_left_alone_joins_the_others_and_all_have_labels_of_another(bat
     torn = photos / f"{permutation(6, seed=0, epoch=0)[4]:03d}.jpg"
     torn.write_bytes(b"no image")
 
-    extract(extraction(photos, tmp_path / "own", "heads"))
-    extract(extraction(photos, tmp_path / "set", "shuffled-heads", batch_size=batch_size))
+    extract(extraction(photos, tmp_path / "own", "heads", attention=True))
+    extract(extraction(photos, tmp_path / "set", "shuffled-heads", attention=True, batch_size=batch_size))
 
     with ShardSet.open(tmp_path / "own") as own, ShardSet.open(tmp_path / "set") as shuffled:
         assert len(shuffled) == 5
-        labels = [[shards.read(i).parts.tobytes() for i in range(5)] for shards in (own, shuffled)]
+        samples = [[shards.read(i, attention=True) for i in range(5)] for shards in (own, shuffled)]
+    labels = [[sample.parts.tobytes() for sample in one] for one in samples]
     confidence = [pq.read_table(tmp_path / name / "index.parquet")["confidence"].to_pylist() for name in ("own", "set")]
     assert len(set(labels[0])) == 5
     donors = [labels[0].index(one) for one in labels[1]]
     assert sorted(donors) == [0, 1, 2, 3, 4]
     assert all(donor != place for place, donor in enumerate(donors))
     assert confidence[1] == [confidence[0][donor] for donor in donors]
+    for place, donor in enumerate(donors):
+        of_another, own = samples[1][place], samples[0][donor]
+        assert np.array_equal(of_another.fgrank, own.fgrank)
+        assert np.array_equal(of_another.attn, own.attn)
+        assert of_another.attn_peak == pytest.approx(own.attn_peak, rel=1e-5)
 
 
 def test_the_only_image_of_a_shard_is_rejected_with_the_reason(tmp_path):
