@@ -134,6 +134,19 @@ def interleaved(
     return blocks
 
 
+def repeated(call: Callable[[], object], images: int) -> Callable[[float], int]:
+    """Calls of so many images each, one after another for about as long as is asked for; once at least."""
+
+    def run(seconds: float) -> int:
+        ends, done = time.monotonic() + seconds, 0
+        while not done or time.monotonic() < ends:
+            call()
+            done += images
+        return done
+
+    return run
+
+
 def measured(case: Case, seconds: float) -> Block:
     """One block of `case`, on its own cores."""
     with on_cores(case.cores), Meter() as meter:

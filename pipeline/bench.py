@@ -13,6 +13,7 @@ from rich.table import Table
 from benchmarks.extract import bench_extract
 from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
+from benchmarks.masking import bench_masking
 from benchmarks.on_gpu.config import MINUTES as GPU_MINUTES
 from benchmarks.on_gpu.config import GpuConfig
 from benchmarks.on_gpu.measure import bench_gpu
@@ -47,6 +48,9 @@ def bench(config: BenchConfig) -> None:
         return
     minutes = config.minutes or MINUTES
     out.mkdir(parents=True, exist_ok=True)
+    if config.name == "masking":
+        _told(config, out, bench_masking(minutes=minutes))
+        return
     images = config.images or _creatures(out / "creatures")
     if config.name == "loader":
         report = bench_loader(images, out=out, minutes=minutes, most=config.max_images)
@@ -63,6 +67,11 @@ def bench(config: BenchConfig) -> None:
             build=config.build,
             run=RunConfig(out=out, device=config.device, threads=config.threads),
         )
+    _told(config, out, report)
+
+
+def _told(config: BenchConfig, out: Path, report: Report) -> None:
+    """Printed, and written where that was asked for."""
     _print(config.name, report)
     if config.json:
         config.json.parent.mkdir(parents=True, exist_ok=True)

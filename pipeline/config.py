@@ -93,10 +93,10 @@ class ScorePartsConfig:
 class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 
-    name: Positional[Literal["loader", "extract", "learn", "gpu"]]
-    """loader: images a second of the stream and of others; extract: share of labelling outside the models;
-    learn: a step of the part learner over the encoder's bare forward; gpu: everything that a GPU is wanted for, in
-    nine minutes (benchmarks/README.md)."""
+    name: Positional[Literal["loader", "masking", "extract", "learn", "gpu"]]
+    """loader: images a second of the stream and of others; masking: what masks cost, a strategy a row; extract: share
+    of labelling outside the models; learn: a step of the part learner over the encoder's bare forward; gpu: everything
+    that a GPU is wanted for, in nine minutes (benchmarks/README.md)."""
     images: str | None = None
     """Images. Default: creatures are drawn into --out."""
     parts: Path | None = None
@@ -137,9 +137,10 @@ class BenchConfig:
         if self.parts and self.name != "extract":
             raise ValueError(f"--parts belongs to bench extract, not to bench {self.name}")
         fields = type(self).__dataclass_fields__
-        for name in ("images", "max_images", "build", "device", "threads") if self.name == "gpu" else ():
+        why = {"gpu": "it draws its images and takes the GPU and every core", "masking": "it draws its labels"}
+        for name in ("images", "max_images", "build", "device", "threads") if self.name in why else ():
             if getattr(self, name) != fields[name].default:
-                raise ValueError(f"bench gpu takes no --{name}: it draws its images and takes the GPU and every core")
+                raise ValueError(f"bench {self.name} takes no --{name.replace('_', '-')}: {why[self.name]}")
         if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):
             raise ValueError(
                 f"--photographs, --encoder, --data and --rehearse belong to bench gpu, not to bench {self.name}"

@@ -9,11 +9,13 @@ from conftest import photographs, small_parts
 
 from benchmarks.learn import bench_learn
 from benchmarks.loader import bench_loader
+from benchmarks.masking import bench_masking
 from benchmarks.prepared import prepare
 from benchmarks.quiet import foreign_cores
 from benchmarks.rounds import ENOUGH, Block, Case, Row, interleaved, ratios, summary, verdict
 from pipeline.bench import bench
 from pipeline.config import BenchConfig
+from pretrain.masking.strategies import STRATEGIES
 from training.config import RunConfig
 
 FIELDS = {"name", "value", "unit", "n", "low", "high"}
@@ -75,6 +77,14 @@ def test_bench_learn_counts_the_forwards_that_a_step_takes(tmp_path):
     assert set(report.bars) == {"encoder_forward/step_fresh", "encoder_forward/step_cached"}
     assert set(report.bars) < set(rows)
     assert all(value > 0 for value in rows.values())
+
+
+def test_bench_masking_has_a_row_and_a_bar_for_every_strategy():
+    report = bench_masking(minutes=0.001, block_s=0.01)
+
+    assert [row.name for row in report.rows] == list(report.bars) == list(STRATEGIES)
+    assert {row.unit for row in report.rows} == {"us/image"}
+    assert all(0 < row.low <= row.value <= row.high < 10_000 for row in report.rows)
 
 
 def test_blocks_beside_a_neighbour_are_dropped():

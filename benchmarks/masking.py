@@ -1,0 +1,62 @@
+"""What the masks of a batch cost, a strategy a row: stored labels in, visible and masked patches out, on one core."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.rounds import BLOCK_S, Block, Case, Report, gate_in_words, interleaved, repeated, summary
+from pretrain.config import PretrainConfig, StreamRun
+from pretrain.masking.batch import mask_batch
+from pretrain.masking.inputs import Inputs
+from pretrain.masking.strategies import STRATEGIES
+from shards.batches import Batch
+
+BATCH, SHAPE, GRID, GROUPS, HEADS = 256, (14, 14), 28, 7, 6
+BARS = {"random": ("<=", 10.0), "semmae": ("<=", 25.0)}
+OTHERS = ("<=", 60.0)
+
+
+def bench_masking(*, minutes: float, block_s: float = BLOCK_S) -> Report:
+    """Measure `mask_batch` for every strategy: 256 images of 14x14 patches, labels of 28x28 cells in 7 groups."""
+    batch, threads = some_batch(), torch.get_num_threads()
+    cases = [Case(name, repeated(partial(_masked, name, batch), BATCH)) for name in STRATEGIES]
+    torch.set_num_threads(1)
+    try:
+        pairs = [(one.name, one.name) for one in cases]
+        blocks = interleaved(cases, pairs=pairs, minutes=minutes, what="bench masking", block_s=block_s)
+    finally:
+        torch.set_num_threads(threads)
+    rows = [
+        summary(name, "us/image", [Block(1e6 / block.value, block.foreign) for block in found])
+        for name, found in blocks.items()
+    ]
+    caption = (
+        f"Masks of {BATCH} images at a time, {SHAPE[0]}x{SHAPE[1]} patches, {GRID}x{GRID} cells in {GROUPS} groups, "
+        f"attention of {HEADS} heads; from stored arrays and draws to indices, on one core. {gate_in_words()}"
+    )
+    return Report(rows, {name: BARS.get(name, OTHERS) for name in blocks}, caption)
+
+
+def some_batch() -> Batch:
+    """Random labels, ranks and attention, as a stream gives them."""
+    random, cells = np.random.default_rng(0), (BATCH, GRID, GRID)
+    ranks = np.stack([random.permutation(GRID * GRID) for _ in range(BATCH)])
+    return Batch(
+        images=np.zeros((BATCH, 1, 1, 3), np.uint8),
+        parts=random.integers(0, GROUPS, cells, dtype=np.uint8),
+        fgrank=ranks.reshape(cells).astype(np.uint16),
+        class_ids=np.zeros(BATCH, np.int64),
+        indices=np.arange(BATCH),
+        epochs=np.zeros(BATCH, np.int64),
+        position=0,
+        attn=random.integers(0, 256, (BATCH, HEADS, GRID, GRID), dtype=np.uint8),
+        attn_peak=random.random((BATCH, HEADS), dtype=np.float32),
+    )
+
+
+def _masked(name: Any, batch: Batch) -> None:
+    config = PretrainConfig(data="", masking=name, run=StreamRun(out=Path()))
+    mask_batch(Inputs(batch, config, 0, SHAPE, GROUPS), 0.5)
