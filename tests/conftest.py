@@ -56,8 +56,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int) -> Iterator[LabelledImage]:
-    """Images of noise in a class's colour, with random labels and ranks."""
+def drawn(
+    count: int, size: int, grid: int, groups: int, classes: int, seed: int, heads: int = 0
+) -> Iterator[LabelledImage]:
+    """Images of noise in a class's colour, with random labels and ranks, and attention of so many heads."""
     random = np.random.default_rng(seed)
     for number in range(count):
         class_id = number % classes if classes else -1
@@ -74,13 +76,24 @@ def drawn(count: int, size: int, grid: int, groups: int, classes: int, seed: int
             src_width=size,
             src_height=size,
             box=(0.0, 0.0, float(size), float(size)),
+            **(attention(np.random.default_rng([seed, number]), heads, grid) if heads else {}),
         )
 
 
-def write_set(folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, samples_per_shard=16, seed=0) -> Path:
+def attention(random: np.random.Generator, heads: int, grid: int) -> dict[str, np.ndarray]:
+    """Of an image, as it is stored: bytes of which the greatest of each head is 255, and what that stands for."""
+    attn = random.integers(0, 255, (heads, grid, grid)).astype(np.uint8)
+    attn[:, 0, random.integers(grid)] = 255
+    return {"attn": attn, "attn_peak": random.random(heads, np.float32)}
+
+
+def write_set(
+    folder: Path, *, count=40, size=32, grid=4, groups=4, classes=3, samples_per_shard=16, seed=0, heads=0
+) -> Path:
     """A finished shard set, through the real writer."""
     info = {"grid": grid, "groups": groups, "size": size, "classes": [f"class{number}" for number in range(classes)]}
-    samples = drawn(count, size, grid, groups, classes, seed)
+    info |= {"heads": heads} if heads else {}
+    samples = drawn(count, size, grid, groups, classes, seed, heads)
     return write_samples(folder, samples, info, samples_per_shard=samples_per_shard, seed=seed)
 
 

@@ -13,7 +13,7 @@ from pretrain.masking.patches import Shape
 from shards.rng import BLOCK
 
 LEAST = 16
-"""Patches of the smallest rectangle that is asked for, while so many are left."""
+"""Patches of the smallest rectangle that is asked for, while so many are left; a twelfth of fewer than 196 patches."""
 ASPECT = math.log(1 / 0.3)
 """The logarithm of height over width lies within plus and minus this."""
 FAILURES = 10
@@ -43,13 +43,14 @@ def rectangles(
         draws: In [0, 1): area, aspect, top and left side of each.
     """
     rows, cols = shape
+    least = max(1, min(LEAST, rows * cols // 12))
     area, aspect, top, start = np.moveaxis(draws.astype(np.float64), 2, 0)
     stretch = np.exp((2 * aspect - 1) * ASPECT)
     covered = np.zeros((len(draws), rows, cols), np.float32)
     left, failures = np.full(len(draws), budget), np.zeros(len(draws), np.int64)
     going = np.arange(len(draws))
     for attempt in range(draws.shape[1]):
-        wanted = LEAST + (left[going] - LEAST) * area[going, attempt]
+        wanted = least + (left[going] - least) * area[going, attempt]
         height = np.sqrt(wanted * stretch[going, attempt]).round()
         width = np.sqrt(wanted / stretch[going, attempt]).round()
         down = _segment(top[going, attempt], height, rows)[:, :, None]

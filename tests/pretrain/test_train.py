@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +33,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load_tensors(checkpoint.find(run))[0]
 
 
-@pytest.mark.parametrize("stops", [[3], [1, 5]])
-def test_stopping_mid_epoch_and_resuming_gives_the_same_losses_bit_for_bit(stops, make_shards, tmp_path):
-    data = make_shards().path
-    pretrain(config(data, tmp_path / "straight"))
-
-    for stop in stops:
-        pretrain(config(data, tmp_path / "stopped"), stop_after_steps=stop)
-    pretrain(config(data, tmp_path / "stopped"))
-
-    straight, stopped = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
-    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
-    logged = [[line["loss"] for line in read_metrics(tmp_path / run)] for run in ("straight", "stopped")]
-    assert logged[0] == logged[1]
-
-
 def test_a_finished_run_is_reused(make_shards, tmp_path):
     data = make_shards().path
     first = pretrain(config(data, tmp_path / "run"))
@@ -58,20 +40,6 @@ def test_a_finished_run_is_reused(make_shards, tmp_path):
 
     assert pretrain(config(data, tmp_path / "run")) == json.loads(json.dumps(first))
     assert (tmp_path / "run/DONE.json").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("micro_batch", [1, 5])
-def test_micro_batches_change_nothing_but_rounding(micro_batch, make_shards, tmp_path):
-    data = make_shards().path
-    pretrain(config(data, tmp_path / "whole"), stop_after_steps=3)
-
-    pieces = config(data, tmp_path / "pieces")
-    run = dataclasses.replace(pieces.run, micro_batch=micro_batch)
-    pretrain(dataclasses.replace(pieces, run=run), stop_after_steps=3)
-
-    assert_near(weights(tmp_path / "whole"), weights(tmp_path / "pieces"))
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "pieces")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_no_more_images_than_a_micro_batch_go_through_the_model_at_once(make_shards, tmp_path):
@@ -102,39 +70,6 @@ def test_masks_go_from_inside_parts_to_whole_parts_as_the_run_goes_on(make_shard
     assert figures[0]["touched"] == 1
     assert figures[1]["purity"] > 0.7
     assert figures[1]["touched"] < 0.95
-
-
-def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    for name in one:
-        difference = (one[name] - two[name]).abs()
-        if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam blows up to a whole step
-            difference = difference.unflatten(0, (3, -1))[[0, 2]]
-        assert difference.max().item() < 3e-6, name
-
-
-def test_two_ranks_equal_one_on_the_joined_batch(make_shards, tmp_path):
-    data = make_shards().path
-    pretrain(config(data, tmp_path / "one"), stop_after_steps=3)
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "from pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\n"
-        "from pretrain.train import pretrain\n"
-        f"run = StreamRun(out=Path({str(tmp_path / 'two')!r}), device='cpu', precision='fp32', micro_batch=4)\n"
-        f"pretrain(PretrainConfig(data={str(data)!r}, run=run, **{TINY!r}), stop_after_steps=3)\n"
-    )
-
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert_near(one, two)
-    assert not torch.equal(one["mask_token"], torch.zeros_like(one["mask_token"]))
 
 
 def test_no_epochs_leave_an_untrained_encoder(make_shards, tmp_path):

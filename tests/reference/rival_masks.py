@@ -23,12 +23,13 @@ def in_squares(noise: list[float], shape: tuple[int, int], unit: int, count: int
 def in_rectangles(draws: list[list[float]], shape: tuple[int, int], count: int, noise: list[float]) -> set[int]:
     """BEiT (arXiv:2106.08254, Algorithm 1), with its code's ten tries; then filled up to the count by noise."""
     rows, cols = shape
+    least = min(16, rows * cols // 12)  # 16 of 14x14
     covered: set[tuple[int, int]] = set()
     failures = 0
     for area, aspect, top, left in draws:
         if failures == 10 or len(covered) == count:
             break
-        wanted = 16 + (count - len(covered) - 16) * area
+        wanted = least + (count - len(covered) - least) * area
         stretch = math.exp((2 * aspect - 1) * math.log(1 / 0.3))
         height, width = round(math.sqrt(wanted * stretch)), round(math.sqrt(wanted / stretch))
         failures += 1

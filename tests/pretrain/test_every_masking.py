@@ -1,0 +1,140 @@
+"""What a run keeps to under every masking: resume, ranks, micro-batches, and the losses that a change may not move."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from watch import watching
+
+from pretrain.config import PretrainConfig, StreamRun
+from pretrain.masking.strategies import STRATEGIES
+from pretrain.objective import LEARNED, Objective
+from pretrain.train import pretrain
+from training import checkpoint
+from training.metrics import read_metrics
+
+MASKINGS = sorted({*STRATEGIES, *LEARNED})
+TINY = {
+    "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
+    "epochs": 2, "warmup_epochs": 0, "batch_size": 12, "base_lr": 1e-2,
+}  # fmt: skip
+STEPS = 3
+FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
+"""Of 20 steps at seed 0. A change that moves one by 1e-4 of itself says in its commit why, and writes it anew:
+`python tests/pretrain/test_every_masking.py`."""
+
+
+def config(data: Path, out: Path, masking: str, **changes) -> PretrainConfig:
+    run = StreamRun(out=out, device="cpu", precision="fp32", micro_batch=changes.pop("micro_batch", None))
+    return PretrainConfig(data=str(data), masking=masking, run=run, **TINY | changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_tensors(checkpoint.find(run))[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("data") / "shards", heads=3)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """A run of each masking that nothing interrupts; made once."""
+    made = {}
+
+    def run(masking: str) -> Path:
+        if masking not in made:
+            made[masking] = tmp_path_factory.mktemp("straight") / masking
+            pretrain(config(data, made[masking], masking), stop_after_steps=STEPS)
+        return made[masking]
+
+    return run
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_stopping_mid_epoch_and_resuming_gives_the_same_weights_and_losses_bit_for_bit(
+    masking, data, straight, tmp_path
+):
+    for stop in (1, 2, STEPS):
+        pretrain(config(data, tmp_path, masking), stop_after_steps=stop)
+
+    one, other = weights(straight(masking)), weights(tmp_path)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    logged = [[line["loss"] for line in read_metrics(run)] for run in (straight(masking), tmp_path)]
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_four_micro_batches_change_nothing_but_rounding(masking, data, straight, tmp_path):
+    pretrain(config(data, tmp_path, masking, micro_batch=3), stop_after_steps=STEPS)
+
+    assert_near(weights(straight(masking)), weights(tmp_path))
+    losses = [[line["loss"] for line in read_metrics(run)] for run in (straight(masking), tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_ranks_equal_one_on_the_joined_batch_with_every_masking(data, straight, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import torch.distributed\nfrom pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\n"
+        "from pretrain.train import pretrain\n"
+        "torch.distributed.init_process_group('gloo')  # once: a group that was left cannot be joined again\n"
+        f"for masking in {MASKINGS!r}:\n"
+        f"    out = Path({str(tmp_path)!r}) / masking\n"
+        "    run = StreamRun(out=out, device='cpu', precision='fp32', micro_batch=4)\n"
+        f"    config = PretrainConfig(data={str(data)!r}, masking=masking, run=run, **{TINY!r})\n"
+        f"    pretrain(config, stop_after_steps={STEPS})\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    for masking in MASKINGS:
+        one, two = weights(straight(masking)), weights(tmp_path / masking)
+        assert_near(one, two)
+        assert not torch.equal(one["mask_token"], torch.zeros_like(one["mask_token"]))
+
+
+def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    for name in one:
+        difference = (one[name] - two[name]).abs()
+        if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam blows up to a whole step
+            difference = difference.unflatten(0, (3, -1))[[0, 2]]
+        assert difference.max().item() < 3e-6, name
+
+
+def first_losses(masking: str, data: Path, out: Path) -> list[float]:
+    with watching(Objective) as watched:
+        pretrain(config(data, out, masking, epochs=6))
+    return [loss.item() for loss in watched.outputs]
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_the_first_losses_are_those_that_were_written_down(masking, data, tmp_path):
+    expected = json.loads(FIRST_LOSSES.read_text())[masking]
+
+    assert first_losses(masking, data, tmp_path) == pytest.approx(expected, rel=1e-4)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_set(Path(folder) / "shards", heads=3)
+        losses = {name: first_losses(name, shards, Path(folder) / name) for name in MASKINGS}
+    lines = (f'  "{name}": {[round(value, 6) for value in values]}' for name, values in losses.items())
+    FIRST_LOSSES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
