@@ -14,13 +14,18 @@ from pretrain.position import sincos_positions
 class MAE(nn.Module):
     """An encoder with timm's parameter names, and a light decoder. Sizes are settings; nothing is wired to 224.
 
-    Only visible patches are embedded. Kept patches may be any set: what lies where comes from positions alone.
+    Only visible patches are embedded, and the decoder has mask tokens for the predicted patches alone. Both may be any
+    sets: what lies where comes from positions. A patch of neither set takes no part, so that predicting some of the
+    masked patches (CrossMAE, arXiv:2401.14391) saves the decoder's work on the others.
+
+    Args:
+        size: Height and width of the images in pixels, or one number for square ones.
     """
 
     def __init__(
         self,
         *,
-        size: int,
+        size: int | tuple[int, int],
         patch: int,
         embed_dim: int,
         depth: int,
@@ -31,9 +36,11 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
     ):
         super().__init__()
-        self.patch, self.side, self.norm_pix_loss = patch, size // patch, norm_pix_loss
+        height, width = size if isinstance(size, tuple) else (size, size)
+        self.patch, self.norm_pix_loss = patch, norm_pix_loss
+        self.rows, self.cols = height // patch, width // patch
         self.encoder: Any = VisionTransformer(
-            img_size=size,
+            img_size=(height, width),
             patch_size=patch,
             embed_dim=embed_dim,
             depth=depth,
@@ -41,10 +48,11 @@ class MAE(nn.Module):
             num_classes=0,
             weight_init="skip",
         )
-        self.encoder.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.side), requires_grad=False)
+        positions, decoder_positions = (sincos_positions(dim, self.rows, self.cols) for dim in (embed_dim, decoder_dim))
+        self.encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.register_buffer("decoder_positions", sincos_positions(decoder_dim, self.side), persistent=False)
+        self.register_buffer("decoder_positions", decoder_positions, persistent=False)
         self.decoder_positions: Tensor
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
@@ -69,52 +77,94 @@ class MAE(nn.Module):
         self,
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_masked: Int64[Tensor, "batch masked"],
+        ids_predicted: Int64[Tensor, "batch predicted"],
     ) -> Float[Tensor, ""]:
-        """Mean squared error over the masked patches' target pixels, in fp32."""
+        """Mean squared error over the predicted patches' target pixels, in fp32."""
         patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_masked)
-        target = gather(patches, ids_masked).float()
-        if self.norm_pix_loss:
-            target = normalised_per_patch(target)
-        return F.mse_loss(predicted.float(), target)
+        predicted = self.predict(patches, ids_visible, ids_predicted)
+        return F.mse_loss(predicted.float(), self.targets(patches, ids_predicted))
+
+    def losses(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        ids_predicted: Int64[Tensor, "batch predicted"],
+    ) -> Float[Tensor, "batch predicted"]:
+        """Of each predicted patch, the mean squared error over its pixels, in fp32; their mean is `forward`."""
+        patches = patchify(images, self.patch)
+        predicted = self.predict(patches, ids_visible, ids_predicted)
+        return (predicted.float() - self.targets(patches, ids_predicted)).square().mean(dim=-1)
+
+    def targets(
+        self, patches: Float[Tensor, "batch patches pixels"], ids_predicted: Int64[Tensor, "batch predicted"]
+    ) -> Float[Tensor, "batch predicted pixels"]:
+        """What is to be predicted: pixels as they are, or normalised patch by patch; in fp32."""
+        target = gather(patches, ids_predicted).float()
+        return normalised_per_patch(target) if self.norm_pix_loss else target
 
     def predict(
         self,
         patches: Float[Tensor, "batch patches pixels"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_masked: Int64[Tensor, "batch masked"],
-    ) -> Float[Tensor, "batch masked pixels"]:
-        """The decoder's pixels of the masked patches."""
+        ids_predicted: Int64[Tensor, "batch predicted"],
+    ) -> Float[Tensor, "batch predicted pixels"]:
+        """The decoder's pixels of the predicted patches."""
         latent = self.encode(gather(patches, ids_visible), ids_visible)
-        x = self.decoder_embed(latent)
-        positions = self.decoder_positions[:, 1:].expand(len(x), -1, -1)
-        masked = self.mask_token + gather(positions, ids_masked)
-        seen = x[:, 1:] + gather(positions, ids_visible)
-        x = torch.cat([x[:, :1] + self.decoder_positions[:, :1], seen, masked.to(x.dtype)], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pixels(self.decoder_norm(x[:, -ids_masked.shape[1] :]))
+        return self.decode(self.decoder_tokens(latent, ids_visible, ids_predicted), ids_predicted.shape[1])
 
     def encode(
-        self, visible: Float[Tensor, "batch visible pixels"], ids_visible: Int64[Tensor, "batch visible"]
+        self,
+        visible: Float[Tensor, "batch visible pixels"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        weights: Float[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Class token and visible tokens after the encoder's last norm."""
+        """Class token and visible tokens after the encoder's last norm.
+
+        Args:
+            weights: A factor on each embedded patch that the backward pass alone sees: no value changes, nor does what
+                reaches the patches, and the weight's gradient is (token, its gradient), as if it had been 1.
+        """
         encoder, projection = self.encoder, self.encoder.patch_embed.proj
         x = F.linear(visible, projection.weight.flatten(1), projection.bias)
         x = x + gather(encoder.pos_embed[:, 1:].expand(len(x), -1, -1), ids_visible)
+        if weights is not None:
+            x = x + x.detach() * (weights - weights.detach())[..., None]
         token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([token.to(x.dtype), x], dim=1)
         for block in encoder.blocks:
             x = block(x)
         return encoder.norm(x)
 
+    def decoder_tokens(
+        self,
+        latent: Float[Tensor, "batch tokens dim"],
+        ids_visible: Int64[Tensor, "batch visible"],
+        ids_predicted: Int64[Tensor, "batch predicted"],
+    ) -> Float[Tensor, "batch length decoder_dim"]:
+        """What the decoder's blocks read: class token, visible tokens, mask tokens, each at its position.
+
+        A second decoder may read the same (HPM's predictor of losses); `ids_predicted` may have no column.
+        """
+        x = self.decoder_embed(latent)
+        positions = self.decoder_positions[:, 1:].expand(len(x), -1, -1)
+        masked = self.mask_token + gather(positions, ids_predicted)
+        seen = x[:, 1:] + gather(positions, ids_visible)
+        return torch.cat([x[:, :1] + self.decoder_positions[:, :1], seen, masked.to(x.dtype)], dim=1)
+
+    def decode(
+        self, tokens: Float[Tensor, "batch length decoder_dim"], predicted: int
+    ) -> Float[Tensor, "batch predicted pixels"]:
+        """Pixels of the last `predicted` tokens."""
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pixels(self.decoder_norm(tokens[:, tokens.shape[1] - predicted :]))
+
     @torch.no_grad()
     def reconstruct(
         self,
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
-        ids_masked: Int64[Tensor, "batch masked"],
+        ids_predicted: Int64[Tensor, "batch predicted"],
     ) -> Float[Tensor, "batch 3 height width"]:
         """The image with its masked patches predicted; patches of neither set are 0.
 
@@ -122,15 +172,15 @@ class MAE(nn.Module):
         asked for them, so colours and contrast in such an image are not its work.
         """
         patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_masked).float()
+        predicted = self.predict(patches, ids_visible, ids_predicted).float()
         if self.norm_pix_loss:
-            truth = gather(patches, ids_masked).float()
+            truth = gather(patches, ids_predicted).float()
             variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
             predicted = predicted * (variance + 1e-6).sqrt() + mean
         image = torch.zeros_like(patches)
-        for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_masked, predicted)):
+        for ids, pixels in ((ids_visible, gather(patches, ids_visible)), (ids_predicted, predicted)):
             image.scatter_(1, ids[..., None].expand_as(pixels), pixels.to(image.dtype))
-        return unpatchify(image, self.patch)
+        return unpatchify(image, self.patch, rows=self.rows)
 
 
 def patchify(images: Float[Tensor, "batch 3 height width"], patch: int) -> Float[Tensor, "batch patches pixels"]:
@@ -140,11 +190,13 @@ def patchify(images: Float[Tensor, "batch 3 height width"], patch: int) -> Float
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 3 * patch * patch)
 
 
-def unpatchify(patches: Float[Tensor, "batch patches pixels"], patch: int) -> Float[Tensor, "batch 3 height width"]:
-    """`patchify` undone, for square images."""
-    side = round(patches.shape[1] ** 0.5)
-    blocks = patches.reshape(len(patches), side, side, 3, patch, patch)
-    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), 3, side * patch, side * patch)
+def unpatchify(
+    patches: Float[Tensor, "batch patches pixels"], patch: int, *, rows: int
+) -> Float[Tensor, "batch 3 height width"]:
+    """`patchify` undone, for `rows` patches from top to bottom."""
+    cols = patches.shape[1] // rows
+    blocks = patches.reshape(len(patches), rows, cols, 3, patch, patch)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), 3, rows * patch, cols * patch)
 
 
 def gather(

@@ -38,7 +38,7 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
         images,
         tinted(images, batch.parts, 1 + shards.num_parts),
         images * enlarged(brightness(batch.fgrank), shards.size),
-        *(_with_holes(images, masked, model.side) for masked in masks),
+        *(_with_holes(images, masked, model.rows) for masked in masks),
         rebuilt(masks[0]),
         rebuilt(masks[2]),
     ]

@@ -14,7 +14,7 @@ def forward_of_mae(model: MAE, images: Tensor, *, mask_ratio: float) -> Tensor:
     for block in model.encoder.blocks:
         x = block(x)
     x = model.decoder_embed(x)
-    masked = model.mask_token.expand(1, model.side**2 + 1 - x.shape[1], -1)
+    masked = model.mask_token.expand(1, model.rows * model.cols + 1 - x.shape[1], -1)
     x = torch.cat([x, masked], dim=1)
     for block in model.decoder_blocks:
         x = block(x)

@@ -84,21 +84,24 @@ def _cut_cells(cells: np.ndarray, size: int, box: tuple[int, ...]) -> list[int]:
 
 def loss(weights: dict[str, Tensor], config, images: list[tuple[Tensor, list[int], list[int]]]) -> Tensor:
     """Mean squared error over the pixels of the masked patches of all images."""
-    errors = []
-    for pixels, visible, masked in images:
-        patches = patches_of(pixels, config.patch)
-        guesses = _guesses(weights, config, patches, visible, masked)
-        for guess, patch in zip(guesses, masked, strict=True):
-            target = patches[patch]
-            if config.norm_pix_loss:
-                target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
-            errors.append(((guess - target) ** 2).mean())
-    return torch.stack(errors).mean()
+    return torch.cat([losses(weights, config, *image) for image in images]).mean()
 
 
-def _guesses(weights, config, patches: Tensor, visible: list[int], masked: list[int]) -> Tensor:
-    side = round(len(patches) ** 0.5)
-    where, where_decoded = _positions(config.embed_dim, side), _positions(config.decoder_dim, side)
+def losses(weights: dict[str, Tensor], config, pixels: Tensor, visible: list[int], masked: list[int]) -> Tensor:
+    """Mean squared error of each masked patch of an image."""
+    patches, errors = patches_of(pixels, config.patch), []
+    grid = tuple(side // config.patch for side in pixels.shape[-2:])
+    guesses = _guesses(weights, config, patches, grid, visible, masked)
+    for guess, patch in zip(guesses, masked, strict=True):
+        target = patches[patch]
+        if config.norm_pix_loss:
+            target = (target - target.mean()) / (target.var(unbiased=True) + 1e-6).sqrt()
+        errors.append(((guess - target) ** 2).mean())
+    return torch.stack(errors)
+
+
+def _guesses(weights, config, patches: Tensor, grid, visible: list[int], masked: list[int]) -> Tensor:
+    where, where_decoded = _positions(config.embed_dim, *grid), _positions(config.decoder_dim, *grid)
     kernel = weights["encoder.patch_embed.proj.weight"].flatten(1)
     tokens = [weights["encoder.cls_token"][0, 0]]
     tokens += [kernel @ patches[p] + weights["encoder.patch_embed.proj.bias"] + where[p] for p in visible]
@@ -114,7 +117,7 @@ def _guesses(weights, config, patches: Tensor, visible: list[int], masked: list[
     return linear(weights, "decoder_pixels", norm(weights, "decoder_norm", x))[1 + len(visible) :]
 
 
-def _positions(dim: int, side: int) -> Tensor:
+def _positions(dim: int, rows: int, cols: int) -> Tensor:
     rates = [10_000 ** (-k / (dim / 4)) for k in range(dim // 4)]
-    axis = [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in range(side)]
-    return torch.tensor([axis[col] + axis[row] for row in range(side) for col in range(side)], dtype=torch.float64)
+    axis = [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in range(max(rows, cols))]
+    return torch.tensor([axis[col] + axis[row] for row in range(rows) for col in range(cols)], dtype=torch.float64)

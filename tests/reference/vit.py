@@ -6,11 +6,11 @@ from torch import Tensor
 
 def patches_of(pixels: Tensor, patch: int) -> Tensor:
     """Patches row by row; within one, channel, then row, then column."""
-    side = pixels.shape[-1] // patch
+    rows, cols = (side // patch for side in pixels.shape[-2:])
     cut = [
         pixels[:, row * patch : (row + 1) * patch, col * patch : (col + 1) * patch].flatten()
-        for row in range(side)
-        for col in range(side)
+        for row in range(rows)
+        for col in range(cols)
     ]
     return torch.stack(cut)
 
