@@ -61,7 +61,7 @@ def load_encoder(
         CheckpointError: The weights do not fit the architecture, or the hub cannot be reached.
     """
     told = normalisation.asked(mean, std)
-    found = _found(source, told)
+    found = weights_of(source, told)
     patch = patch_of(found.weights)
     size = grid * patch if grid else size or found.native
     if size % patch:
@@ -91,9 +91,12 @@ class Found:
     native: int
     """Side in pixels that the weights are for."""
     normalisation: Normalisation
+    file: Weights | None = None
+    """What a file or run holds, with what lies beside the backbone."""
 
 
-def _found(source: str, told: Normalisation | None) -> Found:
+def weights_of(source: str, told: Normalisation | None = None) -> Found:
+    """What `source` names, not loaded into a model yet; see `load_encoder`."""
     kind, _, name = source.partition(":")
     if source == "builtin":
         kind, name = "run", str(BUILTIN / "encoder.safetensors")
@@ -104,7 +107,8 @@ def _found(source: str, told: Normalisation | None) -> Found:
     if kind in ("ibot", "dino"):
         weights = read_weights(Path(name), official=True)
         _log(weights, name)
-        return Found(weights.tensors, _builder(**numbers_of(weights.tensors, name)), 224, told or IMAGENETS)
+        build = _builder(**numbers_of(weights.tensors, name))
+        return Found(weights.tensors, build, 224, told or IMAGENETS, weights)
     architecture, _, file = name.partition("=")
     native = timm_cfg(architecture).input_size[-1]
     with torch.device("meta"):  # what is no ViT is refused before anything is fetched
@@ -116,7 +120,8 @@ def _found(source: str, told: Normalisation | None) -> Found:
 
 
 def _of_run(path: Path, source: str, told: Normalisation | None) -> Found:
-    weights, vit = read_run(path)
+    weights = read_run(path)
+    vit = weights.header["vit"]
     own = Normalisation(tuple(vit["mean"]), tuple(vit["std"]), "the run")
     if told is not None and (told.mean, told.std) != (own.mean, own.std):
         raise ValueError(
@@ -124,7 +129,7 @@ def _of_run(path: Path, source: str, told: Normalisation | None) -> Found:
             "--encoder-std out"
         )
     names = ("patch_size", "embed_dim", "depth", "num_heads")
-    return Found(weights, _builder(**{name: vit[name] for name in names}), vit["img_size"], own)
+    return Found(weights.tensors, _builder(**{name: vit[name] for name in names}), vit["img_size"], own, weights)
 
 
 def _of_file(path: Path, architecture: str, shape: Shape | None, native: int, told: Normalisation | None) -> Found:
@@ -134,7 +139,7 @@ def _of_file(path: Path, architecture: str, shape: Shape | None, native: int, to
     _log(weights, str(path), chosen.source)
     if not chosen.source and distributed.is_main():
         print(normalisation.warning(path, architecture), file=sys.stderr)
-    return Found(weights.tensors, _timm_builder(architecture, weights.heads), native, chosen)
+    return Found(weights.tensors, _timm_builder(architecture, weights.heads), native, chosen, weights)
 
 
 def _log(weights: Weights, file: str, normalised: str = "") -> None:

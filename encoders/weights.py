@@ -7,7 +7,7 @@ loaded strictly.
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Weights:
 
     tensors: dict[str, Tensor]
     """In timm's names, fp32, without heads."""
+    whole: dict[str, Tensor]
+    """What lies where it was taken from, in the file's names: it, and heads or a decoder beside it."""
     place: str
     """Where it was: `state_dict_ema`, `teacher.backbone`; empty for the file itself."""
     others: tuple[str, ...]
@@ -84,6 +86,7 @@ def _backbone(
     layout = layout_of(chosen, found, trained="args" in saved)
     return Weights(
         tensors,
+        chosen.tensors,
         chosen.name,
         tuple(branch.name or "the file itself" for branch in found if branch is not chosen),
         layout,
@@ -126,15 +129,16 @@ def _heads(layout: str, shape: Shape | None, arch: Any) -> int | None:
     return 12 if layout == "MoCo v3" and arch == "vit_small" and shape and shape.dim == 384 else None
 
 
-def read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Backbone and ViT description of one of our runs (`encoder` or `pretrain`), or of one checkpoint file."""
+def read_run(path: Path) -> Weights:
+    """Backbone of one of our runs (`encoder` or `pretrain`), or of one checkpoint file; the header describes the ViT
+    under `vit`."""
     file = find(path)
     tensors, metadata = load_tensors(file)
     if "vit" not in metadata:
         raise CheckpointError(
             f"{file} does not describe a ViT; expected a run of `semmae encoder` or `semmae pretrain`"
         )
-    return _backbone(tensors, metadata, file).tensors, metadata["vit"]
+    return replace(_backbone(tensors, metadata, file), whole=tensors)
 
 
 def resize_positions(positions: Tensor, *, prefix: int, grid: int) -> Tensor:

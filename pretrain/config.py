@@ -35,7 +35,7 @@ METHOD = (
     *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
 )
 """What a preset fixes."""
-FREE = ("epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
+FREE = ("init", "epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
 """What a preset proposes, and what may stand beside it."""
 
 
@@ -52,14 +52,17 @@ class PretrainConfig(MaskingConfig):
     preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
     """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
     Default: a model and a schedule that fit the set and the machine."""
+    init: str | None = None
+    """Weights to begin with, an encoder source of the model's size: run:DIR, timm:NAME, timm:NAME=FILE, ibot:FILE or
+    dino:FILE; a decoder that lies beside and has the run's size is taken too. Default: drawn from the seed."""
     patch: int = 16
     """Patch side in pixels."""
     embed_dim: int = 768
-    """Width of the encoder."""
+    """Width of the encoder. ViT-Ti, S, B, L and H have 192, 384, 768, 1024 and 1280."""
     depth: int = 12
-    """Blocks of the encoder."""
+    """Blocks of the encoder. ViT-Ti, S and B have 12, L has 24, H has 32."""
     heads: int = 12
-    """Attention heads of the encoder."""
+    """Attention heads of the encoder. ViT-Ti, S, B, L and H have 3, 6, 12, 16 and 16."""
     decoder_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8

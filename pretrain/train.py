@@ -1,6 +1,7 @@
 """The verb `pretrain`: one process, torchrun's ranks or Ray Train's workers, from the same function."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
+from pretrain.initialise import initialise
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
 from pretrain.masking.budget import masked_count
@@ -24,7 +26,7 @@ from pretrain.objective import Objective, new_masking
 from shards.batches import Batch
 from shards.shard_set import ShardSet
 from shards.stream import Stream
-from training import distributed
+from training import checkpoint, distributed
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
 from training.device import autocast, computes_bf16, pick_device, plain_attention_on_cpu
 from training.loop import train
@@ -96,6 +98,10 @@ class Pretraining(Task):
         if self.device.type == "cuda":
             torch.set_num_threads(1)  # the stream's threads crop with torch; the rest of the work is the device's
         self.model = build(config, shards.size)
+        if config.init and checkpoint.newest(config.run.out) is None:  # a run that goes on has weights of its own
+            told = initialise(self.model, config.init)
+            if distributed.is_main():
+                print(told, file=sys.stderr)
         self.masking = new_masking(config, self.model, shards.heads)
         self.objective = Objective(self.model, self.masking).to(self.device)
         plain_attention_on_cpu(self.objective, self.device)
