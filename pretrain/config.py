@@ -35,7 +35,7 @@ METHOD = (
     *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
 )
 """What a preset fixes."""
-FREE = ("init", "epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
+FREE = ("epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
 """What a preset proposes, and what may stand beside it."""
 
 

@@ -151,19 +151,16 @@ def fitting(set_: SetShape, *, cuda: bool) -> str:
 
 
 def patch_of(set_: SetShape) -> int:
-    """The largest patch, up to 16 pixels, that cuts the images into eight or more a side, with a side that divides the
-    label grid. Where there is none, the finest that does.
+    """The largest patch, up to 16 pixels, that cuts the images into eight or more a side. Where there is none, the
+    finest. Patches that cut no label cell are preferred.
 
     Raises:
-        ValueError: No patch cuts the images so that the side divides the grid.
+        ValueError: No patch of two pixels or more cuts the images evenly.
     """
-    patches = [patch for patch in range(1, set_.size // 2 + 1) if set_.size % patch == 0]
-    fit = [patch for patch in patches if set_.grid % (set_.size // patch) == 0]
-    if not fit:
-        raise ValueError(
-            f"no patch cuts images of {set_.size} px into sides that divide their {set_.grid}x{set_.grid} label grid; "
-            "extract with another --size or --grid"
-        )
+    patches = [patch for patch in range(2, set_.size // 2 + 1) if set_.size % patch == 0]
+    if not patches:
+        raise ValueError(f"no patch cuts images of {set_.size} px evenly; extract with another --size")
+    fit = [patch for patch in patches if set_.grid % (set_.size // patch) == 0] or patches
     return max((patch for patch in fit if patch <= 16 and set_.size // patch >= 8), default=min(fit))
 
 

@@ -42,7 +42,7 @@ def test_the_presets_of_the_config_are_those_there_are():
 
 def test_every_setting_of_a_run_is_fixed_by_a_preset_or_free_or_of_the_set():
     rest = {field.name for field in fields(PretrainConfig)} - set(METHOD) - set(FREE)
-    assert rest == {"data", "labels", "preset", "seed", "window", "substitutes", "run"}
+    assert rest == {"data", "labels", "preset", "init", "seed", "window", "substitutes", "run"}
     assert set(defaults()) == set(METHOD) | set(FREE)
 
 
@@ -86,7 +86,19 @@ def test_without_a_preset_the_model_follows_from_the_set_and_the_machine(images,
 
 @pytest.mark.parametrize(
     ("size", "grid", "patch"),
-    [(224, 28, 16), (64, 16, 8), (96, 12, 8), (224, 14, 16), (32, 4, 8), (256, 8, 32), (512, 64, 16)],
+    [
+        (224, 28, 16),
+        (64, 16, 8),
+        (96, 12, 8),
+        (224, 14, 16),
+        (32, 4, 8),
+        (256, 8, 32),
+        (512, 64, 16),
+        (98, 28, 7),
+        (224, 25, 16),
+        (80, 7, 10),
+        (10, 3, 2),
+    ],
 )
 def test_the_patch_follows_from_the_images_and_their_label_grid(size, grid, patch):
     assert patch_of(SetShape(40, size, grid)) == patch
@@ -151,7 +163,7 @@ def test_what_was_chosen_is_said_once_and_kept_by_the_folder(make_shards, tmp_pa
 
 
 def test_a_set_that_no_patch_divides_is_a_sentence():
-    with pytest.raises(ValueError, match=r"no patch cuts images of 97 px .* extract with another --size or --grid"):
+    with pytest.raises(ValueError, match=r"no patch cuts images of 97 px .* extract with another --size"):
         patch_of(SetShape(10, 97, 12))
 
 
