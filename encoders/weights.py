@@ -134,6 +134,7 @@ def read_run(path: Path) -> Weights:
     under `vit`."""
     file = find(path)
     tensors, metadata = load_tensors(file)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("masking.")}  # may be a ViT too
     if "vit" not in metadata:
         raise CheckpointError(
             f"{file} does not describe a ViT; expected a run of `semmae encoder` or `semmae pretrain`"

@@ -149,6 +149,17 @@ def test_a_size_that_differs_is_refused_with_the_flags_that_fit(tmp_path):
         initialise(MAE(**PLAIN | {"depth": 2}, **DECODER), source)
 
 
+def test_a_teacher_of_the_masking_is_not_the_encoder_of_its_run(tmp_path):
+    """HPM's: a ViT under the name of a teacher, which other people's files mean."""
+    weights = {f"encoder.{name}": value for name, value in small_vit(0).items()}
+    teacher = {f"masking.teacher.encoder.{name}": value for name, value in small_vit(1).items()}
+    model = MAE(size=32, patch=8, embed_dim=16, depth=2, heads=2, **DECODER)
+
+    initialise(model, run_file(tmp_path / "model.safetensors", weights | teacher))
+
+    assert torch.equal(model.encoder.norm.weight, weights["encoder.norm.weight"])
+
+
 def test_a_run_begins_with_another_on_new_labels_and_goes_on_without_it(make_shards, tmp_path, capsys):
     """The last verb of evolved parts: pretrain, learn-parts, extract --relabel, pretrain --init."""
     data = make_shards()
