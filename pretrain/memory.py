@@ -12,14 +12,18 @@ ViT-B/8 on a quarter of its patches, and images of 64 px (saved tensors under au
 def bytes_per_image(config: PretrainConfig, size: int, *, bf16: bool) -> int:
     """What the forward pass of one image leaves for the backward pass.
 
-    bytes = 40 · (depth · dim · visible tokens + decoder depth · decoder dim · kept tokens),   twice that in fp32
+    bytes = 40 · (depth · dim · visible tokens + decoder depth · decoder dim · decoder tokens),   twice that in fp32
+
+    The decoder's tokens are the class, the visible and the predicted patches; hpm has a second decoder on them.
     """
     side = size // config.patch
     kept = kept_count((side, side), config.keep_share)
-    visible = kept - masked_count(kept, config.mask_ratio)
+    masked = masked_count(kept, config.mask_ratio)
+    visible, predicted = kept - masked, min(masked, config.predicted or masked)
     encoder = config.depth * config.embed_dim * (visible + 1)
-    decoder = config.decoder_depth * config.decoder_dim * (kept + 1)
-    return BYTES_KEPT * (encoder + decoder) * (1 if bf16 else 2)
+    decoder = config.decoder_depth * config.decoder_dim * (visible + predicted + 1)
+    decoders = 2 if config.masking == "hpm" else 1
+    return BYTES_KEPT * (encoder + decoders * decoder) * (1 if bf16 else 2)
 
 
 def images_at_once(config: PretrainConfig, size: int, *, memory: int, bf16: bool) -> int:

@@ -231,6 +231,7 @@ def test_a_step_of_vit_b_takes_58_7_gflop_an_image():
     assert step_flops(pretraining(), 224) / 1e9 == pytest.approx(58.7, abs=0.05)
 
 
+@pytest.mark.parametrize("predicted", [None, 20])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -246,13 +247,13 @@ def test_a_step_of_vit_b_takes_58_7_gflop_an_image():
         },
     ],
 )
-def test_the_formula_counts_what_a_counter_counts_in_maes_own_forward(changes):
-    config = pretraining(**changes)
+def test_the_formula_counts_what_a_counter_counts_in_maes_own_forward(changes, predicted):
+    config = pretraining(**changes, predicted=predicted)
     model = MAE(size=224, **{"patch": config.patch} | changes)
     plain_attention_on_cpu(model, torch.device("cpu"))
 
     with FlopCounterMode(display=False) as counter:
-        forward_of_mae(model, torch.zeros(1, 3, 224, 224), mask_ratio=config.mask_ratio)
+        forward_of_mae(model, torch.zeros(1, 3, 224, 224), mask_ratio=config.mask_ratio, predicted=predicted)
 
     assert step_flops(config, 224) == 3 * counter.get_total_flops()
 

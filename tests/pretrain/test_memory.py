@@ -18,7 +18,7 @@ def config(**settings) -> PretrainConfig:
     return PretrainConfig(data="x", run=StreamRun(out=Path("x")), **settings)
 
 
-def kept_by_pytorch(settings: PretrainConfig, *, patches: int, masked: int, images: int = 2) -> float:
+def kept_by_pytorch(settings: PretrainConfig, *, patches: int, masked: int, predicted: int, images: int = 2) -> float:
     """Bytes an image that the forward pass keeps, those of weights apart."""
     model, kept = build(settings, 64), {}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -32,14 +32,15 @@ def kept_by_pytorch(settings: PretrainConfig, *, patches: int, masked: int, imag
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(images, 3, 64, 64), ids[:, masked:], ids[:, :masked])
+        model(torch.randn(images, 3, 64, 64), ids[:, masked:], ids[:, :predicted])
     return (sum(nbytes for nbytes, _ in kept.values()) - casts) / images
 
 
-def test_the_estimate_is_what_pytorch_keeps():
-    settings = config(patch=4, **SMALL)
+@pytest.mark.parametrize("predicted", [None, 32])
+def test_the_estimate_is_what_pytorch_keeps(predicted):
+    settings = config(patch=4, predicted=predicted, **SMALL)
 
-    measured = kept_by_pytorch(settings, patches=256, masked=192)
+    measured = kept_by_pytorch(settings, patches=256, masked=192, predicted=predicted or 192)
 
     assert bytes_per_image(settings, 64, bf16=True) == pytest.approx(measured, rel=0.2)
 
@@ -53,6 +54,12 @@ def test_half_of_the_memory_is_filled(name, gigabytes, images):
 
     assert images_at_once(settings, 224, memory=gigabytes * 10**9, bf16=True) == images
     assert images_at_once(settings, 224, memory=gigabytes * 10**9, bf16=False) == images // 2
+
+
+def test_a_second_decoder_is_counted():
+    plain, hpm = (bytes_per_image(config(masking=name), 224, bf16=True) for name in ("random", "hpm"))
+
+    assert hpm - plain == 40 * 8 * 512 * (1 + 196)
 
 
 def test_one_image_is_always_taken():

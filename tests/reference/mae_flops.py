@@ -6,7 +6,7 @@ from torch import Tensor
 from pretrain.mae import MAE
 
 
-def forward_of_mae(model: MAE, images: Tensor, *, mask_ratio: float) -> Tensor:
+def forward_of_mae(model: MAE, images: Tensor, *, mask_ratio: float, predicted: int | None = None) -> Tensor:
     """Positions, norms and the choice of patches are left out: nobody counts them."""
     x = model.encoder.patch_embed(images)
     visible = x[:, : int(x.shape[1] * (1 - mask_ratio))]
@@ -14,7 +14,7 @@ def forward_of_mae(model: MAE, images: Tensor, *, mask_ratio: float) -> Tensor:
     for block in model.encoder.blocks:
         x = block(x)
     x = model.decoder_embed(x)
-    masked = model.mask_token.expand(1, model.rows * model.cols + 1 - x.shape[1], -1)
+    masked = model.mask_token.expand(1, predicted or model.rows * model.cols + 1 - x.shape[1], -1)
     x = torch.cat([x, masked], dim=1)
     for block in model.decoder_blocks:
         x = block(x)
