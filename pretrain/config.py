@@ -30,12 +30,12 @@ class StreamRun(RunConfig):
 
 
 METHOD = (
-    *(field.name for field in fields(MaskingConfig)),
+    *(field.name for field in fields(MaskingConfig) if field.name != "predicted"),
     *("patch", "embed_dim", "depth", "heads"),
     *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
 )
 """What a preset fixes."""
-FREE = ("epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
+FREE = ("predicted", "epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
 """What a preset proposes, and what may stand beside it."""
 
 
@@ -49,7 +49,19 @@ class PretrainConfig(MaskingConfig):
     labels: str | None = None
     """Label set to use with these images (`extract --relabel`): a folder, or a name in the set's labels/. Default: the
     labels in the shards."""
-    preset: Literal["tiny", "small", "mae-b16", "semmae-b16", "semmae-b8-foreground"] | None = None
+    preset: (
+        Literal[
+            "tiny",
+            "small",
+            "mae-b16",
+            "semmae-b16",
+            "semmae-b8-foreground",
+            "colormae-b16",
+            "automae-b16",
+            "hpm-b16",
+        ]
+        | None
+    ) = None
     """A named run (pretrain/presets.py). It fixes the method: masking, model, patch, shares, targets, augmentation.
     Default: a model and a schedule that fit the set and the machine."""
     init: str | None = None
