@@ -10,12 +10,14 @@ import torch
 from conftest import drawn, write_samples
 from torch import Tensor
 
+from encoders.load import load_encoder
 from evaluate.config import KnnConfig
-from evaluate.features import TrainAndTest, train_and_test
+from evaluate.features import TrainAndTest, kept_patches, train_and_test
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.mae import MAE, gather, patchify
 from pretrain.masking.batch import mask_batch
-from pretrain.train import build, pretrain
+from pretrain.masking.inputs import Inputs
+from pretrain.train import build, inputs_of, pretrain
 from shards.batches import in_order
 from shards.shard_set import ShardSet
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -55,7 +57,7 @@ def found(source: str, shards: ShardSet, **settings) -> TrainAndTest:
 def kept_by_pretraining(config: PretrainConfig, shards: ShardSet) -> tuple[Tensor, Tensor]:
     """Images as the objective normalises them, and the patches that it sees or asks for: all that take part."""
     (batch,) = in_order(shards, batch_size=len(shards))
-    masked = mask_batch(batch, config, side=PATCHES, groups=shards.groups, progress=0.3)
+    masked = mask_batch(inputs_of(batch, config, shards), 0.3)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (torch.from_numpy(batch.images).permute(0, 3, 1, 2).float() / 255 - mean) / std
     return pixels, torch.cat([masked.ids_visible, masked.ids_masked], dim=1).sort(dim=1).values
@@ -113,13 +115,14 @@ def test_an_encoder_that_was_not_pretrained_here_needs_the_share(shards):
     assert found(source, shards, size=SIZE, keep_share=0.25).keep_share == 0.25
 
 
-def test_cells_that_patches_cannot_share_are_a_sentence_whose_way_out_works(make_shards, run_of):
-    run, six = str(run_of(keep_share=0.25).run.out), make_shards("six", count=6, size=SIZE, grid=6)
+def test_cells_that_patches_cut_are_shared_by_area(make_shards, run_of):
+    run, six = run_of(keep_share=0.25), make_shards("six", count=6, size=SIZE, grid=6)
+    (batch,) = in_order(six, batch_size=6)
 
-    with pytest.raises(ValueError, match=r"share the 6x6 .* and the encoder has 4x4 at 32 px; pass --size 24"):
-        found(run, six)
+    kept = kept_patches(batch.fgrank, load_encoder(f"run:{run.run.out}", device=torch.device("cpu")), 0.25, "six")
 
-    assert found(run, six, size=24).size == 24
+    assert torch.equal(kept, Inputs(batch, run, 0, (PATCHES, PATCHES), six.groups).kept)
+    assert kept.shape == (6, 4)
 
 
 def other_labels(shards: ShardSet, folder: Path) -> ShardSet:
