@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_set
+from some_inputs import inputs_of
 
 from pipeline import cli
+from pretrain.masking.batch import masked_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +76,7 @@ def test_the_hook_before_a_commit_runs_make_fix_and_nothing_else():
 
 
 @pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar:ResourceWarning")  # webdataset leaves its tars open
-@pytest.mark.parametrize(("number", "left"), [(0, "batch"), (1, "sample")])
+@pytest.mark.parametrize(("number", "left"), [(1, "batch"), (2, "sample")])
 def test_the_python_of_the_readme_runs(number, left, tmp_path, monkeypatch):
     write_set(tmp_path / "runs/shards")
     monkeypatch.chdir(tmp_path)
@@ -83,10 +85,25 @@ def test_the_python_of_the_readme_runs(number, left, tmp_path, monkeypatch):
 
     exec(compile(code[number], "README.md", "exec"), names)
 
-    assert len(code) == 2
+    assert len(code) == 3  # the first is a masking, below
     assert left in names
     names.clear()
     gc.collect()  # open tars go now, while that is expected
+
+
+def test_the_readmes_masking_in_twenty_lines_masks_the_rim_first():
+    (source,) = re.findall(
+        r'```python\n("""pretrain/masking/border.py.*?)```', (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    inputs, border = inputs_of("random", shape=(7, 7), mask_ratio=0.5), {}
+    exec(source, border)
+
+    masked = masked_by(border["scores"](inputs, 0.5), inputs)
+
+    assert source.count("\n") <= 20
+    assert masked.ids_masked.shape == (4, 25)
+    rim = {row * 7 + col for row in range(7) for col in range(7) if {row, col} & {0, 6}}
+    assert all(rim < set(row) for row in masked.ids_masked.tolist())
 
 
 def test_the_commands_of_the_readme_are_parsed_by_the_command_line(monkeypatch, capsys):
