@@ -14,7 +14,8 @@ from evaluate.config import FeatureConfig
 from evaluate.features import TrainAndTest
 from shards.atomic import sha256_json, write_json
 from shards.places import refuse_unwritable
-from training.run_folder import as_json, package_versions
+from training.run_folder import package_versions
+from training.same_run import as_json
 
 WHERE = (
     *("checkpoint", "encoder", "encoder_mean", "encoder_std", "data", "images", "val_data", "val_images"),

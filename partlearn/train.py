@@ -25,9 +25,10 @@ from shards.atomic import sha256_json
 from shards.images import list_images
 from training import distributed
 from training.device import autocast, pick_device
-from training.loop import save, train
+from training.loop import train
 from training.metrics import Metrics
 from training.run_folder import RunFolder, opened
+from training.saving import save
 from training.schedule import learning_rate
 from training.task import Task
 
@@ -104,11 +105,13 @@ class PartLearning(Task):
         updates = self.config.updates
         return learning_rate(step, peak=_peak(self.config), warmup_steps=min(500, updates // 10), total_steps=updates)
 
+    def read(self, step: int) -> None:
+        """The frozen encoder's tokens are this task's data."""
+        self.batch = next(self.batches)
+
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """One micro-batch: the balance of the parts is over the whole batch."""
-        loss, self.terms, self.maps, self.cells = parts_loss(
-            self.learner, self.config, self.encoder, next(self.batches)
-        )
+        loss, self.terms, self.maps, self.cells = parts_loss(self.learner, self.config, self.encoder, self.batch)
         yield loss
         distributed.average_gradients(self.learner.parameters())
 

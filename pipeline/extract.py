@@ -22,7 +22,8 @@ from shards.places import lock_of, only_to_be_read, refuse_unwritable
 from shards.writer import shard_paths
 from training.device import computed_here, devices_here
 from training.progress import Progress
-from training.run_folder import as_json, git_state, package_versions
+from training.run_folder import git_state, package_versions
+from training.same_run import as_json
 
 HOW = ("run", "backend", "num_workers", "gpus_per_worker", "retry_failed")
 """Fields that say how a set is built, not what it is."""

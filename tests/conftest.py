@@ -33,7 +33,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a tes
 
 SLOW = {
     "benchmarks": ("test_bench", "test_gpu", "test_gpu_sections"),
-    "encoders/distill": ("test_from_teacher", "test_monitor", "test_ranks", "test_train"),
+    "encoders": ("test_monitor",),
+    "encoders/distill": ("test_from_teacher", "test_ranks", "test_train"),
     "evaluate": ("test_kept", "test_rows"),
     "evaluate/parts": ("test_score",),
     "partlearn": ("test_decoder", "test_oracle", "test_ranks", "test_train"),

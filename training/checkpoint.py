@@ -1,9 +1,12 @@
-"""Checkpoints: a folder written aside and renamed, so a reader sees a whole one or none."""
+"""Checkpoints: a folder written aside and renamed, so a reader sees a whole one or none; what a power cut or a bad disk
+makes of it later is seen by digests."""
 
 import json
 import os
 import shutil
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from shards.atomic import json_bytes, sha256_file, sync_folder
+from training import distributed
+from training.damage import DIGESTS, MODEL, STATE, damage
+
+STAYS = "stays"
+"""An empty file of this name keeps a checkpoint from being removed."""
 
 
 class CheckpointError(Exception):
@@ -40,29 +50,60 @@ def save(
     metadata: dict[str, Any],
     state: dict[str, Any],
     keep: int = 2,
+    stays: bool = False,
 ) -> Path:
-    """Write `run/checkpoints/step-NNNNNNNN/` whole, then remove all but the newest `keep`.
+    """Write `run/checkpoints/step-NNNNNNNN/`, then remove all earlier ones but the newest `keep` and those that stay.
+
+    A whole one of this step is left as it is, a torn one is written again; what killed writers left aside goes.
+
+    Args:
+        stays: This one is never removed.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    for killed in final.parent.glob(".step-*.partial"):
+        shutil.rmtree(killed)
+    if not final.is_dir() or damage(final):
+        write(final, step, tensors, metadata=metadata, state=state, beside={STAYS: b""} if stays else {})
+    older = [one for one in _steps(run) if one <= final]
+    for old in older[:-keep]:
+        if not (old / STAYS).is_file():
+            shutil.rmtree(old)
+    return final
+
+
+def write(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    *,
+    metadata: dict[str, Any],
+    state: dict[str, Any],
+    beside: Mapping[str, bytes],
+) -> None:
+    """A checkpoint in `folder`, whole or not at all.
 
     Args:
         tensors: The model, saved as model.safetensors without pickle.
         metadata: Everything needed to rebuild the model; each value becomes JSON in the file's header.
         state: What resuming needs besides the model (optimizer, step, generators), saved as state.pt.
+        beside: Further files, by name.
     """
-    final = run / "checkpoints" / f"step-{step:08d}"
-    if final.is_dir():
-        return final
-    aside = final.with_name(f".{final.name}.partial")
+    aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_tensors(aside / "model.safetensors", tensors, metadata)
-    torch.save(state | {"step": step}, aside / "state.pt")
+    write_tensors(aside / MODEL, tensors, metadata)
+    torch.save(state | {"step": step}, aside / STATE)
+    digests = {name: sha256_file(aside / name) for name in (MODEL, STATE)}
+    for name, content in {DIGESTS: json_bytes(digests), **beside}.items():
+        (aside / name).write_bytes(content)
     for file in aside.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    os.replace(aside, final)
-    for old in _steps(run)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    sync_folder(aside)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+    sync_folder(folder.parent)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -80,27 +121,43 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     os.replace(aside, path)
 
 
-def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint folder of a run, or None."""
-    steps = _steps(run)
-    return steps[-1] if steps else None
+def newest(run: Path, needed: Sequence[str] = (MODEL, STATE)) -> Path | None:
+    """The newest checkpoint folder of a run whose `needed` files are whole, or None where there is no checkpoint.
+
+    Newer ones that are torn are told on stderr.
+
+    Raises:
+        CheckpointError: There are checkpoints, and each is torn.
+    """
+    torn = []
+    for folder in reversed(_steps(run)):
+        if not (found := damage(folder, needed)):
+            if torn and distributed.is_main():
+                print(f"{'; '.join(torn)}: {folder.name}, the one before, is used", file=sys.stderr)
+            return folder
+        torn.append(f"{folder} is torn ({found})")
+    if torn:
+        raise CheckpointError(f"{'; '.join(torn)}; no checkpoint of {run} is whole: begin it again, in another folder")
+    return None
 
 
 def find(path: Path) -> Path:
-    """The model.safetensors meant by `path`: that file, a checkpoint folder, or a run's newest checkpoint.
+    """The model.safetensors meant by `path`: that file, a checkpoint folder, or a run's newest whole checkpoint.
 
     Raises:
         FileNotFoundError: There is no such path.
-        CheckpointError: The folder holds no whole checkpoint.
+        CheckpointError: The folder holds no whole checkpoint, or the one that was named is torn.
     """
-    if path.is_file():
-        return path
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: expected a run folder or a model.safetensors file")
-    for candidate in (path / "model.safetensors", (newest(path) or path) / "model.safetensors"):
-        if candidate.is_file():
-            return candidate
-    if newest(path.parent):
+    file = path / MODEL if path.is_dir() else path
+    if file.is_file():
+        if file.name == MODEL and (found := damage(file.parent, (MODEL,))):
+            raise CheckpointError(f"{file.parent} is torn ({found}); take another checkpoint of its run")
+        return file
+    if folder := newest(path, (MODEL,)):
+        return folder / MODEL
+    if _steps(path.parent):
         raise CheckpointError(f"{path} is a folder inside a run; pass the run, {path.parent}")
     raise CheckpointError(f"{path} holds no whole checkpoint yet; let its run go on until it has written one")
 
@@ -124,7 +181,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """state.pt of a checkpoint folder, loaded without running any code in it."""
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
 
 
 def _decoded(value: str) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,15 @@ def agree(number: int) -> bool:
     main = torch.tensor(number, device=_of_the_group())
     broadcast([main])
     return not on_any_rank(int(main) != number)[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank has, in their order; on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _of_the_group() -> str:

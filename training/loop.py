@@ -3,14 +3,18 @@
 import math
 import signal
 import sys
-import time
 from contextlib import ExitStack, closing
+
+import torch
 
 from training import checkpoint, distributed
 from training.config import RunConfig
 from training.metrics import Metrics, last_figures
+from training.nonfinite import set_aside
+from training.pace import Pace
 from training.progress import Progress
-from training.run_folder import RunError, RunFolder
+from training.run_folder import RunFolder
+from training.saving import resume, save
 from training.signals import signals_noted
 from training.task import Task
 from training.update import update
@@ -24,9 +28,10 @@ TERMINATED = 143
 def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_after_steps: int | None = None) -> dict:
     """Take the steps of `task` that are left and return its report; when they are `total`, the run is finished.
 
-    A gradient that is not finite, on any rank, skips its step on all of them. SIGTERM, to any rank, ends the process
-    after the step under way, with a checkpoint, no DONE.json, and exit status TERMINATED; where that step was the last
-    one, the run is finished first. Ctrl-C does the same and raises KeyboardInterrupt; a second one waits for nothing.
+    A gradient that is not finite, on any rank, skips its step on all of them; the first such steps are written aside.
+    SIGTERM, to any rank, ends the process after the step under way, with a checkpoint, no DONE.json, and exit status
+    TERMINATED; where that step was the last one, the run is finished first. Ctrl-C does the same and raises
+    KeyboardInterrupt; a second one waits for nothing.
 
     Args:
         stop_after_steps: End early, with a checkpoint, when so many are done in all, as a kill would.
@@ -34,9 +39,10 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     Raises:
         FloatingPointError: MOST_SKIPPED steps in a row were skipped, or a weight is not finite; the newest checkpoint
             is whole.
-        RunError: The ranks see different checkpoints.
+        RunError, CheckpointError: See `training.saving.resume`.
     """
-    step, skipped = _resume(task, run)
+    step, skipped = resume(task, run)
+    run.begin()
     figures = last_figures(run.path, step=step)
     end = total if stop_after_steps is None else min(total, stop_after_steps)
     if step:
@@ -47,32 +53,40 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
         progress = stack.enter_context(closing(Progress(total, task.name, "steps", done=step)))
         task.open(step)
         stack.callback(task.close)
-        clock, began, first, in_a_row = checkpoint.Clock(config.checkpoint_minutes), time.monotonic(), step, 0
-        stop = False
+        clock, pace, in_a_row, stop = checkpoint.Clock(config.checkpoint_minutes), Pace(), 0, False
         while step < end and not stop:
+            with pace.waiting():
+                task.read(step)
             rate = task.rate(step)
             loss, norm = update(task.optimizer, task.losses(step), rate=rate, largest_norm=task.largest_norm)
+            pace.done(task.batch_size)
             if math.isfinite(norm):
                 task.accept(step)
                 in_a_row = 0
             else:
+                aside = set_aside(task, run, step, loss, skipped=skipped)
                 skipped, in_a_row = skipped + 1, in_a_row + 1
-                _tell_skipped(step, in_a_row)
-            if step % task.log_every == 0 or step == total - 1:
-                loss = distributed.mean_over_ranks(loss).item()
+                _tell_skipped(step, in_a_row, f"; what it saw is kept in {aside}" if aside else "")
+            if step % task.log_every == 0 or step == total - 1 or task.measures(step):
+                speed, waiting = pace.figures()
+                loss, waiting = distributed.mean_over_ranks(torch.stack([loss, loss.new_tensor(waiting)])).tolist()
                 shown = {"loss": loss, "lr": rate, "grad_norm": norm} | task.figures(step)
                 finite = {name: value for name, value in shown.items() if math.isfinite(value)}
-                figures |= finite
-                speed = (step - first + 1) * task.batch_size / (time.monotonic() - began)
-                metrics.log(step, **finite, skipped=skipped, images_per_second=speed)
+                figures |= finite | {"waiting": waiting}
+                metrics.log(step, **finite, skipped=skipped, images_per_second=speed, waiting=waiting)
             step += 1
-            progress.advance(**{name: figures[name] for name in task.shown if name in figures})
+            progress.advance(**{name: figures[name] for name in (*task.shown, "waiting") if name in figures})
             due, stop = distributed.on_any_rank(distributed.is_main() and clock.due(), bool(signals))
-            if due:
+            if due or task.stays(step):
                 save(task, run, step, skipped=skipped)
+            if task.stays(step) and step < total:
+                task.show(step)
         save(task, run, step, skipped=skipped)
+        if step == total:
+            task.show(step)
     report = {"steps": step, **task.report(step), **figures, "skipped": skipped}
-    report.pop("images_per_second", None)
+    for name in ("images_per_second", "waiting"):
+        report.pop(name, None)
     if step == total:
         run.finish(report)
     distributed.barrier()  # whoever leaves first ends the others, and the main rank may still be writing
@@ -82,43 +96,8 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
     return report
 
 
-def save(task: Task, run: RunFolder, step: int, *, skipped: int = 0) -> None:
-    """Write a checkpoint on the main rank; called on all, because gathering a model may need all.
-
-    Raises:
-        FloatingPointError: A weight is not finite, of the model or beside it. A gradient can still be finite on the
-            step that spoils the weights, and the newest checkpoint is where a run resumes.
-    """
-    tensors = task.tensors()
-    trained = [weight for group in task.optimizer.param_groups for weight in group["params"]]
-    if not all(bool(one.isfinite().all()) for one in (*tensors.values(), *trained)):
-        raise FloatingPointError(
-            f"weights are no longer finite after step {step - 1}; resume from the last checkpoint with "
-            "--precision fp32, or start again with a lower --base-lr"
-        )
-    state = {"optimizer": task.optimizer.state_dict(), "skipped": skipped, **task.state(step)}
-    if distributed.is_main():
-        checkpoint.save(run.path, step, tensors, metadata=task.metadata(), state=state)
-
-
-def _resume(task: Task, run: RunFolder) -> tuple[int, int]:
-    """Steps done and skipped at the newest checkpoint, which the task has taken back."""
-    newest = checkpoint.newest(run.path)
-    step = int(newest.name.removeprefix("step-")) if newest else 0
-    if not distributed.agree(step):
-        raise RunError(
-            f"the ranks see different checkpoints in {run.path}; --out must be one folder that all of them see"
-        )
-    if newest is None:
-        return 0, 0
-    state = checkpoint.load_state(newest)
-    task.load(checkpoint.load_tensors(newest / "model.safetensors")[0], state)
-    task.optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["skipped"]
-
-
-def _tell_skipped(step: int, in_a_row: int) -> None:
-    _tell(f"the gradient of step {step} is not finite; the step is skipped")
+def _tell_skipped(step: int, in_a_row: int, aside: str) -> None:
+    _tell(f"the gradient of step {step} is not finite; the step is skipped{aside}")
     if in_a_row == MOST_SKIPPED:
         raise FloatingPointError(
             f"the gradients of {in_a_row} steps in a row are not finite, the last of step {step}; start again with a "

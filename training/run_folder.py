@@ -1,11 +1,9 @@
 """A run folder: config.json, environment.json, metrics.jsonl, checkpoints/, and DONE.json last."""
 
-import dataclasses
-import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +15,7 @@ from shards.atomic import read_json, write_json
 from shards.places import lock_of, only_to_be_read, refuse_unwritable
 from training import distributed
 from training.device import pick_device
+from training.same_run import raised, refuse_another, told
 
 PACKAGES = ("semmae", "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "pyarrow", "ray")
 
@@ -50,22 +49,24 @@ def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
-def as_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values (paths as text, tuples as lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 class RunFolder:
     """An open run folder; only the main rank writes into it. Use as a context manager."""
 
-    def __init__(self, path: Path, lock: FileLock | None):
-        self.path = path
-        self.finished = (path / "DONE.json").is_file()
-        self._lock = lock
+    before: dict[str, Any] | None
+    """What config.json says of a finished run that is to go on for longer; None for any other, and beside the main
+    rank."""
+
+    def __init__(self, path: Path, lock: FileLock | None, *, before: dict[str, Any] | None = None, config: Any = None):
+        self.path, self.before = path, before
+        self.finished = (path / "DONE.json").is_file() and before is None
+        self._lock, self._config = lock, config
 
     @classmethod
-    def open(cls, config: Any) -> "RunFolder":
+    def open(cls, config: Any, *, raisable: Collection[str] = ()) -> "RunFolder":
         """Open `config.run.out`, making it when missing and continuing it when the config is the same.
+
+        Args:
+            raisable: Fields that may be higher than they were when the run finished: it then goes on.
 
         Raises:
             ValueError: The folder belongs to a run of another config; the differing fields are named. Or it cannot be
@@ -76,7 +77,7 @@ class RunFolder:
         if not distributed.is_main():
             return cls(path, None)
         if (path / "DONE.json").is_file() and only_to_be_read(path):
-            _refuse_another(path, read_json(path / "config.json"), _told(config))
+            refuse_another(path, read_json(path / "config.json"), config)
             return cls(path, None)
         refuse_unwritable(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -86,11 +87,17 @@ class RunFolder:
         except Timeout:
             raise RunError(f"{path} is in use by another process; wait for it or choose another --out") from None
         try:
-            _claim(path, config)
+            before = _claim(path, config, raisable)
         except BaseException:
             lock.release()
             raise
-        return cls(path, lock)
+        return cls(path, lock, before=before, config=config)
+
+    def begin(self) -> None:
+        """What was finished and goes on for longer is finished no more; called when nothing can be refused any more."""
+        if self.before is not None:
+            (self.path / "DONE.json").unlink(missing_ok=True)
+            write_json(self.path / "config.json", told(self._config))
 
     def report(self) -> dict[str, Any]:
         """What the finished run wrote as its last word."""
@@ -114,11 +121,14 @@ class RunFolder:
 
 
 @contextmanager
-def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) -> Iterator[RunFolder]:
+def opened(
+    config: Any, *, check: Callable[[int], None] = lambda ranks: None, raisable: Collection[str] = ()
+) -> Iterator[RunFolder]:
     """The run folder of `config` on each of its ranks; both are left on every way out.
 
     Args:
         check: Refuses, by raising, numbers of ranks that the config does not go with.
+        raisable: See `RunFolder.open`.
 
     Raises:
         ValueError: The ranks cannot share a batch; nothing was written. And see `RunFolder.open`.
@@ -129,7 +139,7 @@ def opened(config: Any, *, check: Callable[[int], None] = lambda ranks: None) ->
         if config.batch_size % ranks:
             raise ValueError(f"--batch-size {config.batch_size} cannot be shared by {ranks} ranks; choose a multiple")
         check(ranks)
-        with RunFolder.open(config) as run:
+        with RunFolder.open(config, raisable=raisable) as run:
             distributed.barrier()
             (run.finished,) = distributed.on_any_rank(distributed.is_main() and run.finished)
             if run.finished and distributed.is_main():
@@ -163,35 +173,16 @@ def _says_nothing(entry: Path) -> bool:
     return entry.name in (".lock", ".metrics.jsonl.partial", *FIRST) or entry.name.startswith(begun)
 
 
-def _bare(value: Any) -> Any:
-    """A folder is the same one with a slash at its end."""
-    return value.rstrip("/") if isinstance(value, str) else value
+def _claim(path: Path, config: Any, raisable: Collection[str]) -> dict[str, Any] | None:
+    """Write config.json and environment.json, or check that config.json says the same where work was done.
 
-
-def _told(config: Any) -> dict[str, Any]:
-    """What config.json says of a run."""
-    return as_json(config) | {"verb": type(config).__name__}
-
-
-def _refuse_another(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """`run` is left out of the comparison: it says where and how fast, never what."""
-    differing = [
-        f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
-        for name in sorted((set(ours) | set(theirs)) - {"run"})
-        if _bare(theirs.get(name)) != _bare(ours.get(name))
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} belongs to another run ({'; '.join(differing)}); choose another --out or the old settings"
-        )
-
-
-def _claim(path: Path, config: Any) -> None:
-    """Write config.json and environment.json, or check that config.json says the same where work was done."""
-    ours = _told(config)
+    Returns what config.json says where the run is finished and goes on with a raisable field raised.
+    """
+    ours, longer = told(config), {}
     theirs = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if theirs and not (untouched(path) and theirs.get("verb") == ours["verb"]):
-        _refuse_another(path, theirs, ours)
+        longer = raised(theirs, ours, raisable) if (path / "DONE.json").is_file() else {}
+        refuse_another(path, theirs | longer, config, raisable=raisable)
     elif not untouched(path):
         raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")
     else:
@@ -206,3 +197,4 @@ def _claim(path: Path, config: Any) -> None:
             "device": str(pick_device(config.run.device)),
         },
     )
+    return theirs if longer else None

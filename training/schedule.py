@@ -25,6 +25,11 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+def ends_period(step: int, *, images: int, batch_size: int) -> bool:
+    """Whether this step, from 0, is the one in which another `images` have been taken since the beginning."""
+    return (step + 1) * batch_size // images > step * batch_size // images
+
+
 def warn_of_a_long_warmup(warmup_steps: int, total_steps: int) -> None:
     """One line on stderr where half a run or more is warm-up: its learning rate hardly falls, or never rises."""
     if total_steps and 2 * warmup_steps >= total_steps and distributed.is_main():

@@ -28,6 +28,9 @@ class Task:
         """The learning rate of a step; steps count from 0."""
         raise NotImplementedError
 
+    def read(self, step: int) -> None:
+        """Take the batch of this step; what that takes is time spent waiting for data."""
+
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """The loss of each micro-batch, weighted so that they add up to the loss of this rank's batch.
 
@@ -42,6 +45,21 @@ class Task:
     def figures(self, step: int) -> dict[str, float]:
         """What the log says of a step beside loss, rate and gradient: of the whole batch, not of one rank's."""
         return {}
+
+    def measures(self, step: int) -> bool:
+        """Whether `figures` says more of this step than of others, so that it is logged too; the same on every rank."""
+        return False
+
+    def samples(self) -> dict[str, Any]:
+        """What this rank took in its last step, as JSON values: what a step that was skipped is looked into by."""
+        return {}
+
+    def stays(self, step: int) -> bool:
+        """Whether a checkpoint is written after so many steps, and never removed; the same on every rank."""
+        return False
+
+    def show(self, step: int) -> None:
+        """Write pictures of what is trained: at the end, and where a checkpoint stays."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The model, for model.safetensors; gathered from the ranks where they share it."""

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from encoders.distill.config import EncoderConfig
 from encoders.distill.crops import sample_pair
 from encoders.distill.objective import Losses, Objective
-from encoders.distill.student import blocks_of, new_student, vit_tokens
+from encoders.distill.student import blocks_of, new_student
 from encoders.frozen import Encoder
+from encoders.tokens import vit_tokens
 from encoders.whitening import whitening_from
 from training import distributed
 from training.augment import normalised

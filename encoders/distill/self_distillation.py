@@ -10,7 +10,8 @@ from encoders.distill.config import EncoderConfig
 from encoders.distill.crops import GLOBAL_CROPS, sample_crops
 from encoders.distill.losses import Head, class_loss, moved_centre, patch_loss, spread, targets
 from encoders.distill.objective import Losses, Objective
-from encoders.distill.student import new_student, vit_tokens
+from encoders.distill.student import new_student
+from encoders.tokens import vit_tokens
 from training import distributed
 from training.device import autocast
 from training.schedule import cosine

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from encoders.distill.config import EncoderConfig
 from encoders.distill.from_teacher import FromTeacher
-from encoders.distill.monitor import Monitor
 from encoders.distill.objective import Objective
 from encoders.distill.self_distillation import StudentTeacher
 from encoders.distill.student import vit_description
 from encoders.frozen import CPU
 from encoders.load import load_encoder
+from encoders.monitor import Monitor
 from shards.image_batches import ImageBatches
 from shards.images import ImageList, list_images
 from training import distributed
@@ -28,7 +28,7 @@ from training.device import pick_device, plain_attention_on_cpu
 from training.loop import train
 from training.metrics import last_figures
 from training.run_folder import opened
-from training.schedule import learning_rate, warn_of_a_long_warmup
+from training.schedule import ends_period, learning_rate, warn_of_a_long_warmup
 from training.task import Task
 
 COLLAPSED = 0.02
@@ -109,10 +109,12 @@ class Distillation(Task):
             final=1e-6,
         )
 
+    def read(self, step: int) -> None:
+        self.batch, _ = next(self.steps)
+
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """One micro-batch: the head's batch norm is over the whole batch."""
-        images, _ = next(self.steps)
-        told = self.objective.losses(images.to(self.device, non_blocking=True), step=step)
+        told = self.objective.losses(self.batch.to(self.device, non_blocking=True), step=step)
         yield told.of_class + told.of_patch
         # No DDP: its reductions would meet those of the head's batch norm.
         distributed.average_gradients(weight for group in self.optimizer.param_groups for weight in group["params"])
@@ -126,7 +128,9 @@ class Distillation(Task):
 
     def figures(self, step: int) -> dict[str, float]:
         figures = dict(zip(self.named, self.values.tolist(), strict=True))
-        if self.monitor and (step == self.total - 1 or self._ends_period(step)):
+        images = self.config.knn_epochs * len(self.images.images)
+        every = ends_period(step, images=images, batch_size=self.batch_size)
+        if self.monitor and (step == self.total - 1 or every):
             encoder, precision = self.objective.encoder, self.config.run.precision
             figures["knn"] = self.monitor(encoder, precision, self.objective.mean, self.objective.std)
         if step == self.total - 1:
@@ -173,11 +177,6 @@ class Distillation(Task):
 
     def report(self, step: int) -> dict[str, Any]:
         return {"verb": "encoder", "images": len(self.images.images), "images_digest": self.images.digest}
-
-    def _ends_period(self, step: int) -> bool:
-        """Whether this step, from 0, completes another `knn_epochs`."""
-        period = self.config.knn_epochs * len(self.images.images)
-        return (step + 1) * self.batch_size // period > step * self.batch_size // period
 
     def _unreadable(self) -> int:
         """Images that any rank found unreadable."""

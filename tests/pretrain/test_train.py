@@ -49,6 +49,7 @@ def test_no_more_images_than_a_micro_batch_go_through_the_model_at_once(make_sha
         task = Pretraining(pieces, shards)
         task.model.register_forward_pre_hook(lambda model, arguments: seen.append(len(arguments[0])))
         task.open(0)
+        task.read(0)
         list(task.losses(0))
         task.close()
 
@@ -62,6 +63,7 @@ def test_masks_go_from_inside_parts_to_whole_parts_as_the_run_goes_on(make_shard
         task.open(0)
         figures = []
         for step in (0, task.total):
+            task.read(step)
             list(task.losses(step))
             figures.append(task.figures(step))
         task.close()

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from training import checkpoint, distributed
 from training.config import RunConfig
-from training.loop import MOST_SKIPPED, TERMINATED, save, train
+from training.damage import MODEL
+from training.loop import MOST_SKIPPED, TERMINATED, train
 from training.metrics import read_metrics
+from training.nonfinite import again
 from training.run_folder import opened
+from training.saving import save
 from training.task import Task
 from training.update import update
 
@@ -36,7 +40,8 @@ class Toy(Task):
 
     name, batch_size = "toy", 2
 
-    def __init__(self, spoil: Callable[[int], float] = lambda step: 0.0):
+    def __init__(self, spoil: Callable[[int], float] = lambda step: 0.0, *, stays: tuple[int, ...] = ()):
+        self.kept, self.shown_at = stays, []
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.AdamW([self.weight], lr=0.0, weight_decay=0.0)
         self.spoil, self.accepted, self.open_files = spoil, [], 0
@@ -50,6 +55,15 @@ class Toy(Task):
 
     def accept(self, step: int) -> None:
         self.accepted.append(step)
+
+    def samples(self) -> dict:
+        return {"indices": [distributed.rank()]}
+
+    def stays(self, step: int) -> bool:
+        return step in self.kept
+
+    def show(self, step: int) -> None:
+        self.shown_at.append(step)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.data}
@@ -100,6 +114,106 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_nothing_else(tmp_path,
     assert "loss" not in lines[3]
     assert [line["skipped"] for line in lines[2:5]] == [0, 1, 1]
     assert json.loads((tmp_path / "DONE.json").read_text()) == report
+
+
+def test_what_a_skipped_step_saw_is_written_aside_and_computed_again(tmp_path, capfd):
+    run(tmp_path, Toy(not_a_number_at(2, 4, 6, 8)))
+
+    asides = sorted((tmp_path / "nonfinite").iterdir())
+    assert [one.name for one in asides] == [f"step-{step:08d}" for step in (2, 4, 6)]  # and no more
+    assert f"step 2 is not finite; the step is skipped; what it saw is kept in {asides[0]}" in capfd.readouterr().err
+    straight = Toy(not_a_number_at(2))
+    run(tmp_path / "straight", straight, stop=4)
+    tensors, state = checkpoint.load_tensors(asides[1] / MODEL)[0], checkpoint.load_state(asides[1])
+    assert torch.equal(tensors["weight"], straight.weight.data)
+    assert (state["step"], state["skipped"]) == (4, 1)
+    assert json.loads((asides[1] / "samples.json").read_text()) == {
+        "step": 4, "ranks": [{"rank": 0, "loss": "nan", "indices": [0]}]
+    }  # fmt: skip
+    spoilt, mended = again(Toy(not_a_number_at(4)), asides[1]), again(Toy(), asides[1])
+    assert all(map(math.isnan, spoilt))
+    assert mended[0] == pytest.approx((straight.weight.item() - 1) ** 2)
+    assert math.isfinite(mended[1])
+
+
+def test_a_torn_checkpoint_costs_its_steps_and_nothing_else(tmp_path, capfd):
+    run(tmp_path, Toy(), stop=5)
+    run(tmp_path, Toy(), stop=9)
+    torn = checkpoint.newest(tmp_path) / "state.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+
+    task = Toy()
+    report = run(tmp_path, task)
+
+    said = capfd.readouterr().err
+    assert "step-00000009 is torn (state.pt is not what was written" in said
+    assert "goes on after 5 of 30 steps" in said
+    assert task.accepted == list(range(5, STEPS))
+    assert report == run(tmp_path / "straight", Toy())
+
+
+def killed_in_its_second_checkpoint(out: Path) -> None:
+    """In a process of its own: the state is half written when it dies."""
+    whole, saved = torch.save, []
+
+    def half(state: dict, path: Path) -> None:
+        whole(state, path)
+        saved.append(path)
+        if len(saved) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    with opened(config_of(out)) as folder:
+        train(Toy(), folder, dataclasses.replace(config_of(out).run, checkpoint_minutes=0), total=STEPS)
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_resumes_to_the_same_weights(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=killed_in_its_second_checkpoint, args=(tmp_path,))
+    process.start()
+    process.join(timeout=60)
+
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "checkpoints/.step-00000002.partial/state.pt").stat().st_size == 100
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000001"
+    assert run(tmp_path, Toy()) == run(tmp_path / "straight", Toy())
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_that_stay_are_written_at_their_step_and_shown(tmp_path):
+    tasks = [Toy(stays=(4, 20, STEPS)), Toy(stays=(4, 20, STEPS))]
+    run(tmp_path, tasks[0], stop=20)
+    run(tmp_path, tasks[1])
+
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (4, 20, STEPS)]
+    assert [task.shown_at for task in tasks] == [[4, 20], [STEPS]]
+
+
+class Slow(Toy):
+    """Waits for a batch three times as long as it computes, and measures something in two steps."""
+
+    log_every = 5
+
+    def read(self, step: int) -> None:
+        time.sleep(0.03)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        time.sleep(0.01)
+        yield from super().losses(step)
+
+    def measures(self, step: int) -> bool:
+        return step in (2, 7)
+
+
+def test_the_share_of_time_waiting_for_data_is_logged_and_no_step_that_measures_is_left_out(tmp_path):
+    report = run(tmp_path, Slow(), stop=12)
+
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [0, 2, 5, 7, 10]
+    assert all(0.4 < line["waiting"] < 0.8 for line in lines)
+    assert all(line["images_per_second"] < 60 for line in lines)
+    assert "waiting" not in report
 
 
 def test_too_many_in_a_row_end_the_run_with_its_last_checkpoint_whole(tmp_path):
@@ -269,6 +383,10 @@ def test_one_ranks_bad_gradient_skips_the_step_on_both(tmp_path):
     alone = run(tmp_path / "one", Toy(not_a_number_at(4)))
     assert [report["skipped"] for report in reports] == [1, 1]
     assert reports[0]["weight"] == reports[1]["weight"] == alone["weight"]
+    told = json.loads((tmp_path / "two/run/nonfinite/step-00000004/samples.json").read_text())
+    assert [(one["rank"], one["indices"], one["loss"] == "nan") for one in told["ranks"]] == [
+        (0, [0], False), (1, [1], True)
+    ]  # fmt: skip
 
 
 def test_sigterm_to_one_rank_ends_both(tmp_path):
@@ -278,8 +396,10 @@ def test_sigterm_to_one_rank_ends_both(tmp_path):
     assert not (tmp_path / "two/run/DONE.json").exists()
 
 
-def test_ranks_that_see_different_checkpoints_are_refused(tmp_path, capfd):
-    run(tmp_path / "two" / "main", Toy(), stop=3)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_ranks_of_which_one_finds_no_checkpoint_are_refused(steps, tmp_path, capfd):
+    """A checkpoint of no steps is one."""
+    run(tmp_path / "two" / "main", Toy(), stop=steps)
 
     assert on_two_ranks(tmp_path / "two", outs=("main", "elsewhere")) == [1, 1]
 

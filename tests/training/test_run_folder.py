@@ -159,6 +159,57 @@ def test_a_slash_after_a_folder_is_no_other_setting(tmp_path):
     RunFolder.open(toy(tmp_path, images="photos")).close()
 
 
+def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
+    RunFolder.open(toy(tmp_path)).close()
+    logged(tmp_path)
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["lr"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+
+    RunFolder.open(toy(tmp_path)).close()
+    with pytest.raises(ValueError, match=r"lr was 0\.1, now 0\.2"):
+        RunFolder.open(toy(tmp_path, lr=0.2))
+
+
+def finished(path: Path) -> None:
+    with RunFolder.open(toy(path)) as run:
+        logged(path)
+        run.finish({})
+
+
+def test_a_finished_run_goes_on_where_a_raisable_setting_is_raised(tmp_path):
+    finished(tmp_path)
+
+    with RunFolder.open(toy(tmp_path, lr=0.2), raisable=("lr",)) as run:
+        assert not run.finished
+        assert run.before["lr"] == 0.1
+        assert (tmp_path / "DONE.json").is_file()  # what is refused from here on leaves all as it was
+        run.begin()
+
+    assert not (tmp_path / "DONE.json").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.2
+    with RunFolder.open(toy(tmp_path, lr=0.2), raisable=("lr",)) as run:
+        assert run.before is None
+
+
+def test_no_other_change_of_a_raisable_setting_is_let_in(tmp_path):
+    finished(tmp_path / "done")
+    RunFolder.open(toy(tmp_path / "half")).close()
+    logged(tmp_path / "half")
+
+    for name, changes, raisable in [
+        ("done", {"lr": 0.05}, ("lr",)),  # lowered
+        ("half", {"lr": 0.2}, ("lr",)),  # not finished
+        ("done", {"lr": 0.2}, ()),
+        ("done", {"lr": 0.2, "images": "others"}, ("lr",)),
+    ]:
+        with pytest.raises(ValueError, match="belongs to another run") as refused:
+            RunFolder.open(toy(tmp_path / name, **changes), raisable=raisable)
+        assert ("lr may only be raised, and only in a finished run" in str(refused.value)) == (
+            "images" not in changes and bool(raisable)
+        )
+
+
 def test_what_only_changes_speed_may_change(tmp_path):
     RunFolder.open(toy(tmp_path)).close()
 

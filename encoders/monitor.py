@@ -10,8 +10,8 @@ from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from encoders.distill.student import vit_tokens
 from encoders.knn import knn_votes
+from encoders.tokens import vit_tokens
 from shards.decode import ImageError
 from shards.images import ImageFile, list_images, read_square
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from stripes import draw_stripes, tiny
 
-from encoders.distill import monitor
-from encoders.distill.monitor import Monitor, knn_accuracy
+from encoders import monitor
 from encoders.distill.train import distill, new_objective
+from encoders.monitor import Monitor, knn_accuracy
 from training.checkpoint import find
 from training.metrics import read_metrics
 
