@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.masking.config import MaskingConfig, refuse_masks_out_of_range
+from shards.atomic import read_json
 from training.config import RunConfig
 
 
@@ -20,6 +21,13 @@ class StreamRun(RunConfig):
     micro_batch: int | None = None
     """Images that a rank takes through the model at once; gradients add up over its batch. Default: what
     fits half of a GPU's memory; elsewhere the whole batch."""
+    keep_every: int = 0
+    """Epochs between checkpoints that are never removed, each with a sheet of masks and reconstructions in pictures/;
+    0 = only the last two stay."""
+    knn: str | None = None
+    """Folder of class folders. Its k-NN accuracy (leave-one-out, at most 2,000 images) is logged as `knn`."""
+    knn_every: int = 10
+    """Epochs between two such measurements; the start and the end are always measured."""
 
     def __post_init__(self):
         super(StreamRun, self).__post_init__()
@@ -27,6 +35,10 @@ class StreamRun(RunConfig):
             raise ValueError(f"cache_gb must be above 0, got {self.cache_gb}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.keep_every < 0 or self.knn_every < 1:
+            raise ValueError(
+                f"keep_every must not be negative and knn_every at least 1, got {self.keep_every} and {self.knn_every}"
+            )
 
 
 METHOD = (
@@ -114,6 +126,21 @@ class PretrainConfig(MaskingConfig):
                 raise ValueError(
                     f"{dim} must be a multiple of 4 and of {heads} {getattr(self, heads)}, got {getattr(self, dim)}"
                 )
+
+
+def config_of(run: Path) -> PretrainConfig:
+    """The config of the pretraining in this folder.
+
+    Raises:
+        ValueError: It is a folder of something else.
+        OSError: There is no config.json.
+    """
+    told = read_json(run / "config.json")
+    if told.pop("verb", None) != PretrainConfig.__name__:
+        raise ValueError(f"{run} is not the folder of a pretraining; its config.json says so")
+    where = told.pop("run") | {"out": run}
+    cache = where.get("cache") and Path(where["cache"])
+    return PretrainConfig(**told, run=StreamRun(**where | {"cache": cache}))
 
 
 def refuse_out_of_range(settings: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
+from pretrain.health import Health
 from pretrain.initialise import initialise
 from pretrain.mae import MAE
 from pretrain.masking.batch import Masked, mask_batch
@@ -23,17 +25,19 @@ from pretrain.masking.semmae import alpha_at
 from pretrain.masking.strategies import OF_ATTENTION, refuse_missing_labels
 from pretrain.memory import images_at_once
 from pretrain.objective import Objective, new_masking
+from pretrain.pictures import draw_pictures
 from shards.batches import Batch
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import checkpoint, distributed
 from training.augment import IMAGENET_MEAN, IMAGENET_STD
+from training.contact_sheet import ROWS
 from training.device import autocast, computes_bf16, pick_device, plain_attention_on_cpu
 from training.loop import train
 from training.memory import asking_for_less
 from training.parallel import gradients_stay_here, on_ranks
 from training.run_folder import opened
-from training.schedule import learning_rate, warn_of_a_long_warmup
+from training.schedule import ends_period, learning_rate, warn_of_a_long_warmup
 from training.task import Task
 
 LOG_EVERY = 10
@@ -42,8 +46,8 @@ LOG_EVERY = 10
 def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> dict[str, Any]:
     """Train a masked autoencoder into `config.run.out` and return its report.
 
-    A finished run is returned as it is, a half one goes on from its newest checkpoint at the exact sample.
-    `stop_after_steps` ends early, as a kill would, after writing a checkpoint.
+    A finished run is returned as it is, a half one goes on from its newest checkpoint at the exact sample; so does a
+    finished one whose `epochs` are raised. `stop_after_steps` ends early, as a kill would, after writing a checkpoint.
 
     Raises:
         ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
@@ -51,17 +55,22 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
         FloatingPointError: See `training.loop.train`.
         OutOfMemory: A step needs more than there is; a smaller `run.micro_batch` needs less.
     """
-    with opened(config) as run:
+    with opened(config, raisable=("epochs",)) as run:
         if run.finished:
             return run.report()
-        cache_bytes = int(config.run.cache_gb * 1e9)
-        with ShardSet.open(
-            config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes
-        ) as shards:
+        with opened_shards(config) as shards:
             task = Pretraining(config, shards)
+            if run.before and run.before["epochs"]:
+                task.tell_of_more_epochs(run.before["epochs"])
             at_once = task.micro_batch or config.batch_size // distributed.world_size()
             with asking_for_less("--micro-batch", at_once, free=True):
                 return train(task, run, config.run, total=task.total, stop_after_steps=stop_after_steps)
+
+
+def opened_shards(config: PretrainConfig) -> ShardSet:
+    """The shard set of a config, with its labels and its cache. See `ShardSet.open`."""
+    cache_bytes = int(config.run.cache_gb * 1e9)
+    return ShardSet.open(config.data, labels=config.labels, cache=config.run.cache, cache_bytes=cache_bytes)
 
 
 def build(config: PretrainConfig, size: int) -> MAE:
@@ -85,13 +94,13 @@ class Pretraining(Task):
     """A masked autoencoder, the stream that feeds it, and the masks between them."""
 
     log_every = LOG_EVERY
-    shown = ("loss", "lr", "alpha", "purity")
+    shown = ("loss", "lr", "alpha", "purity", "effective_rank", "feature_std", "knn")
 
     def __init__(self, config: PretrainConfig, shards: ShardSet):
         _refuse_what_does_not_fit(config, shards)
         self.config, self.shards = config, shards
         self.name, self.batch_size = f"pretrain {config.masking}", config.batch_size
-        self.total = math.ceil(config.epochs * len(shards) / config.batch_size)
+        self.total = self._steps_of(config.epochs)
         self.warmup_steps = round(config.warmup_epochs * len(shards) / config.batch_size)
         warn_of_a_long_warmup(self.warmup_steps, self.total)
         self.device = pick_device(config.run.device)
@@ -121,14 +130,24 @@ class Pretraining(Task):
             threads=config.run.threads,
             substitutes=config.substitutes,
         )
+        self.health = Health(config, self.stream, total=self.total)
 
     def rate(self, step: int) -> float:
+        return self._rate(step, self.total)
+
+    def _rate(self, step: int, total: int) -> float:
         peak = self.config.base_lr * self.batch_size / 256
-        return learning_rate(step, peak=peak, warmup_steps=self.warmup_steps, total_steps=self.total)
+        return learning_rate(step, peak=peak, warmup_steps=self.warmup_steps, total_steps=total)
+
+    def _steps_of(self, epochs: int) -> int:
+        return math.ceil(epochs * len(self.shards) / self.batch_size)
+
+    def read(self, step: int) -> None:
+        self.batch = next(self.batches)
 
     def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
         """MAE's loss is a mean over images, each with as many masked patches: a micro-batch weighs as its images do."""
-        self.masked = self.mask(next(self.batches), step)
+        self.masked = self.mask(self.batch, step)
         pieces = self.masked.pieces(self.micro_batch)
         for number, piece in enumerate(pieces, start=1):
             with gradients_stay_here(self.wrapped, where=number < len(pieces)):
@@ -138,10 +157,13 @@ class Pretraining(Task):
     def mask(self, batch: Batch, step: int) -> Masked:
         """The masks of a step's batch; a masking that learns takes its own update first."""
         self.inputs = inputs_of(batch, self.config, self.shards, self.device if self.masking else CPU)
-        if self.masking is None:
-            return mask_batch(self.inputs, step / self.total)
-        self.masking.begin(self.inputs, self.rate(step))
-        return self.masking.masked(self.inputs, step / self.total)
+        if self.masking is not None:
+            self.masking.begin(self.inputs, self.rate(step))
+        return self._masked(self.inputs, step)
+
+    def _masked(self, inputs: Inputs, step: int) -> Masked:
+        progress = step / self.total
+        return mask_batch(inputs, progress) if self.masking is None else self.masking.masked(inputs, progress)
 
     def accept(self, step: int) -> None:
         if self.masking is not None:
@@ -154,7 +176,30 @@ class Pretraining(Task):
         if self.config.masking == "semmae":
             epoch = int(self.inputs.batch.epochs[0])
             own["alpha"] = alpha_at(step / self.total, self.config, epoch)
+        if self.health.due(step):
+            own |= self.health.figures(self.model.encoder, step)
         return {"purity": purity, "touched": touched, **own}
+
+    def measures(self, step: int) -> bool:
+        return self.health.due(step)
+
+    def samples(self) -> dict[str, Any]:
+        indices, epochs = self.batch.indices.tolist(), self.batch.epochs.tolist()
+        keys = [f"{self.shards.row(index).key:08d}" for index in indices]
+        return {"seed": self.config.seed, "indices": indices, "epochs": epochs, "keys": keys}
+
+    def stays(self, step: int) -> bool:
+        images = self.config.run.keep_every * len(self.shards)
+        return images > 0 and ends_period(step - 1, images=images, batch_size=self.batch_size)
+
+    def show(self, step: int) -> None:
+        """Eight images, what the run masks of them now, and what becomes of that."""
+        if self.total and distributed.is_main():
+            epoch = max(0, step - 1) * self.batch_size // len(self.shards)
+            device = self.device if self.masking else CPU
+            inputs = inputs_of(self.stream.stored(ROWS, epoch=epoch), self.config, self.shards, device)
+            path = Path(self.config.run.out) / "pictures" / f"step-{step:08d}.png"
+            draw_pictures(path, self.model, self._masked(inputs, step))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.objective.tensors()
@@ -195,6 +240,17 @@ class Pretraining(Task):
 
     def close(self) -> None:
         self.batches.close()
+
+    def tell_of_more_epochs(self, before: int) -> None:
+        """One line on stderr: what it means that a run of `before` epochs goes on for longer."""
+        step = self._steps_of(before)
+        print(
+            f"--epochs is raised from {before} to {self.config.epochs}: after {step:,} of now {self.total:,} steps the "
+            f"learning rate goes on at {self.rate(step):.3g}, where the shorter schedule had come down to "
+            f"{self._rate(step, step):.3g}, and progress, which masks that change with training follow, goes back from "
+            f"1 to {step / self.total:.3g}",
+            file=sys.stderr,
+        )
 
     def report(self, step: int) -> dict[str, Any]:
         return {"samples": step * self.batch_size, "data_fingerprint": self.shards.identity}

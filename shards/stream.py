@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.batches import Augment, Batch, Place, Reader
+from shards.batches import STORED, Augment, Batch, Place, Reader
 from shards.decode import assert_decoders_agree
 from shards.order import Epochs
 from shards.shard_set import ShardSet
@@ -110,6 +110,20 @@ class Stream:
             batches.close()
             if cache:
                 cache.close()
+
+    def stored(self, count: int, *, epoch: int = 0) -> Batch:
+        """The first `count` samples of the run (all of a smaller set), by index, as they are stored: the same at any
+        time and on any rank, and nothing of the stream moves.
+
+        Args:
+            epoch: The one that the batch says it is of, which keys what is drawn for its masks.
+        """
+        indices = np.sort(self._epochs.at(np.arange(min(count, len(self.shards))))[0])
+        ours = self._reader
+        reader = Reader(self.shards, STORED, ours.attention, ours.substitutes, ours.damaged)
+        place = (indices, np.full_like(indices, epoch), 0)
+        (batch,) = reader.decoded([place], threads=self.threads, prefetch=0)
+        return batch
 
     def _places(self) -> Iterator[Place]:
         """This rank's block of every global batch."""

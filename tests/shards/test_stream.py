@@ -356,6 +356,24 @@ def test_batches_that_are_held_are_never_written_over(whole):
         assert np.array_equal(one.images if isinstance(one, Batch) else np.asarray(one), expected)
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_the_first_samples_are_those_of_the_order_as_they_are_stored_whenever_they_are_asked_for(window, whole):
+    (all_of_it,) = in_order(whole, batch_size=len(whole))
+    stream = Stream(whole, batch_size=8, seed=3, window=window, flip=True, crop_scale=0.3)
+    alone = [batch.indices.tolist() for batch in islice(iter(stream), 3)]
+    batches = iter(stream)
+    began = [next(batches).indices.tolist() for _ in range(2)]
+
+    first, every = stream.stored(5), stream.stored(10**6)
+
+    assert first.indices.tolist() == sorted(alone[0][:5])
+    assert every.indices.tolist() == list(range(len(whole)))
+    for name in ("images", "parts", "fgrank"):
+        assert np.array_equal(getattr(first, name), getattr(all_of_it, name)[first.indices])
+    assert [*began, next(batches).indices.tolist()] == alone
+    batches.close()
+
+
 def damage(shards: ShardSet, index: int, member: str = "jpg", bit: int = 0) -> None:
     """Flip a bit in the payload of a member."""
     row = shards.row(index)

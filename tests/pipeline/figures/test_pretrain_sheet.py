@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from reference import mae_step
 
-from pipeline.figures.pretrain_sheet import COLUMNS, HIDDEN, _pick, draw_sheet
+from pipeline.figures.pretrain_sheet import COLUMNS, _pick, draw_sheet
 from pretrain.config import PretrainConfig, StreamRun
+from pretrain.pictures import HIDDEN
 from pretrain.train import pretrain
 from shards.batches import in_order
 from shards.order import permutation
