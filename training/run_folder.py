@@ -181,7 +181,8 @@ def _claim(path: Path, config: Any, raisable: Collection[str]) -> dict[str, Any]
     ours, longer = told(config), {}
     theirs = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if theirs and not (untouched(path) and theirs.get("verb") == ours["verb"]):
-        longer = raised(theirs, ours, raisable) if (path / "DONE.json").is_file() else {}
+        goes_on = (path / "DONE.json").is_file() and any((path / "checkpoints").glob("step-*"))
+        longer = raised(theirs, ours, raisable) if goes_on else {}
         refuse_another(path, theirs | longer, config, raisable=raisable)
     elif not untouched(path):
         raise ValueError(f"{path} is neither empty nor a run folder (no config.json); choose another --out")

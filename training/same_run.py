@@ -32,7 +32,8 @@ def refuse_another(path: Path, theirs: dict[str, Any], config: Any, *, raisable:
     ]
     if differing:
         values = "; ".join(f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}" for name in differing)
-        rules = (f"{name} may only be raised, and only in a finished run; " for name in differing if name in raisable)
+        rule = "may only be raised, and only in a finished run that has a checkpoint"
+        rules = (f"{name} {rule}; " for name in differing if name in raisable)
         raise ValueError(
             f"{path} belongs to another run ({values}); {''.join(rules)}choose another --out or the old settings"
         )

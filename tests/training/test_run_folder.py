@@ -171,9 +171,11 @@ def test_a_setting_younger_than_the_run_counts_as_its_default(tmp_path):
         RunFolder.open(toy(tmp_path, lr=0.2))
 
 
-def finished(path: Path) -> None:
+def finished(path: Path, *, checkpoints: bool = True) -> None:
     with RunFolder.open(toy(path)) as run:
         logged(path)
+        if checkpoints:
+            save(path, 1)
         run.finish({})
 
 
@@ -194,12 +196,14 @@ def test_a_finished_run_goes_on_where_a_raisable_setting_is_raised(tmp_path):
 
 def test_no_other_change_of_a_raisable_setting_is_let_in(tmp_path):
     finished(tmp_path / "done")
+    finished(tmp_path / "deleted", checkpoints=False)
     RunFolder.open(toy(tmp_path / "half")).close()
     logged(tmp_path / "half")
 
     for name, changes, raisable in [
         ("done", {"lr": 0.05}, ("lr",)),  # lowered
         ("half", {"lr": 0.2}, ("lr",)),  # not finished
+        ("deleted", {"lr": 0.2}, ("lr",)),  # where would it go on?
         ("done", {"lr": 0.2}, ()),
         ("done", {"lr": 0.2, "images": "others"}, ("lr",)),
     ]:
