@@ -92,8 +92,9 @@ def pretrain(
     """Pretrain a masked autoencoder on a shard set.
 
     While it runs it shows alpha (masks hide a share of every part at 0, whole parts at 1), purity (share of the parts
-    that are hidden whole or not at all) and, where there were any, skipped: steps whose gradient was not finite.
-    For example:
+    that are hidden whole or not at all), effective_rank (directions that the features of whole images fill; near 1 they
+    have collapsed), feature_std (how far they lie apart), knn (with --knn) and waiting (share of the time spent waiting
+    for data). A finished run goes on when its --epochs are raised. For example:
       semmae pretrain --data runs/shards --masking semmae --out runs/semmae
       torchrun --nproc-per-node 8 -m pipeline pretrain --preset semmae-b16 --data /data/shards --out /runs/semmae
       semmae pretrain --data /data/shards --out /runs/semmae --backend ray --num-workers 16
