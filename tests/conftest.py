@@ -41,7 +41,7 @@ SLOW = {
     "pipeline": ("test_extract", "test_one_kind", "test_relabel"),
     "pipeline/cluster": ("test_pool", "test_ray", "test_submit"),
     "pipeline/figures": ("test_parts_sheet",),
-    "pretrain": ("test_every_masking", "test_interruption", "test_run", "test_train"),
+    "pretrain": ("test_every_masking", "test_interruption", "test_overfit", "test_run", "test_train"),
     "shards": ("test_faults",),
     ".": ("test_end_to_end", "test_wheel"),
 }
