@@ -38,3 +38,9 @@ def inputs_of(
     )
     config = PretrainConfig(data="x", masking=masking, seed=seed, run=StreamRun(out=Path("x")), **settings)
     return Inputs(batch, config, seed, shape, groups)
+
+
+TINY = {
+    "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2
+}  # fmt: skip
+"""The smallest autoencoder."""

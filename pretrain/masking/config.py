@@ -14,6 +14,7 @@ BELONGS = {
     "rounding": ("semmae",),
     "foreground_odds": ("foreground",),
     "foreground_share": ("foreground",),
+    "hard_share": ("hpm",),
 }
 """The maskings that read a setting; beside any other it is refused, because it would change nothing."""
 
@@ -68,6 +69,9 @@ class MaskingConfig:
     foreground_share: float | None = None
     """foreground: share of the patches, by rank, that is the foreground. Default: what the labels do not call
     background; half of the patches where no label is background."""
+    hard_share: float = 0.5
+    """hpm: share of the masked patches that are the hardest ones at the end of the run; it grows from 0 with progress,
+    and the others are random."""
 
     def refuse_idle_settings(self) -> None:
         """Raises ValueError for a setting of another masking: it would change nothing."""
@@ -94,7 +98,7 @@ def refuse_masks_out_of_range(settings: Mapping[str, Any]) -> None:
     for name in ("keep_share", "foreground_share"):
         if (share := settings.get(name)) is not None and not 0 < share <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {share}")
-    for name in ("alpha", "hint_share"):
+    for name in ("alpha", "hint_share", "hard_share"):
         if (share := settings.get(name)) is not None and not 0 <= share <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {share}")
     if not 0 < settings.get("gamma", 1) < float("inf"):

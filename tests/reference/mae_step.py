@@ -90,8 +90,10 @@ def loss(weights: dict[str, Tensor], config, images: list[tuple[Tensor, list[int
 def losses(weights: dict[str, Tensor], config, pixels: Tensor, visible: list[int], masked: list[int]) -> Tensor:
     """Mean squared error of each masked patch of an image."""
     patches, errors = patches_of(pixels, config.patch), []
-    grid = tuple(side // config.patch for side in pixels.shape[-2:])
-    guesses = _guesses(weights, config, patches, grid, visible, masked)
+    x = tokens(weights, config, pixels, visible, masked)
+    for number in range(config.decoder_depth):
+        x = block(weights, f"decoder_blocks.{number}", x, config.decoder_heads)
+    guesses = linear(weights, "decoder_pixels", norm(weights, "decoder_norm", x))[1 + len(visible) :]
     for guess, patch in zip(guesses, masked, strict=True):
         target = patches[patch]
         if config.norm_pix_loss:
@@ -100,21 +102,21 @@ def losses(weights: dict[str, Tensor], config, pixels: Tensor, visible: list[int
     return torch.stack(errors)
 
 
-def _guesses(weights, config, patches: Tensor, grid, visible: list[int], masked: list[int]) -> Tensor:
+def tokens(weights: dict[str, Tensor], config, pixels: Tensor, visible: list[int], masked: list[int]) -> Tensor:
+    """What a decoder reads of an image: the class, the visible patches, mask tokens."""
+    patches = patches_of(pixels, config.patch)
+    grid = tuple(side // config.patch for side in pixels.shape[-2:])
     where, where_decoded = _positions(config.embed_dim, *grid), _positions(config.decoder_dim, *grid)
     kernel = weights["encoder.patch_embed.proj.weight"].flatten(1)
-    tokens = [weights["encoder.cls_token"][0, 0]]
-    tokens += [kernel @ patches[p] + weights["encoder.patch_embed.proj.bias"] + where[p] for p in visible]
-    x = torch.stack(tokens)
+    encoded = [weights["encoder.cls_token"][0, 0]]
+    encoded += [kernel @ patches[p] + weights["encoder.patch_embed.proj.bias"] + where[p] for p in visible]
+    x = torch.stack(encoded)
     for number in range(config.depth):
         x = block(weights, f"encoder.blocks.{number}", x, config.heads)
     x = linear(weights, "decoder_embed", norm(weights, "encoder.norm", x))
     seen = [x[1 + place] + where_decoded[p] for place, p in enumerate(visible)]
     hidden = [weights["mask_token"][0, 0] + where_decoded[p] for p in masked]
-    x = torch.stack([x[0], *seen, *hidden])
-    for number in range(config.decoder_depth):
-        x = block(weights, f"decoder_blocks.{number}", x, config.decoder_heads)
-    return linear(weights, "decoder_pixels", norm(weights, "decoder_norm", x))[1 + len(visible) :]
+    return torch.stack([x[0], *seen, *hidden])
 
 
 def _positions(dim: int, rows: int, cols: int) -> Tensor:

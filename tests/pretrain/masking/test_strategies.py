@@ -104,7 +104,7 @@ def test_flat_labels_ranks_and_attention_give_masks_that_prefer_no_place(name):
 
 
 def test_the_maskings_of_the_config_are_those_there_are():
-    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == {*STRATEGIES, *LEARNED, "hpm", "automae"}
+    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == {*STRATEGIES, *LEARNED, "automae"}
 
 
 @given(
@@ -264,7 +264,14 @@ def test_every_setting_that_belongs_to_a_masking_is_one_of_the_config():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("foreground_share", 0.0), ("alpha", 1.1), ("hint_share", -0.1), ("mask_unit", 0), ("predicted", 0)],
+        *[
+            ("foreground_share", 0.0),
+            ("alpha", 1.1),
+            ("hint_share", -0.1),
+            ("hard_share", 1.1),
+            ("mask_unit", 0),
+            ("predicted", 0),
+        ],
         *[("foreground_odds", 0), ("gamma", float("inf"))],
     ],
 )
