@@ -244,6 +244,9 @@ class ExtractConfig:
     baseline (heads, heads-mass, kmeans-image, regions, grid, bands, shuffled-heads or shuffled-kmeans-image); or truth,
     which reads FOLDER/labels/NAME.png (part ids, 0 = background, 255 = unknown) or FOLDER/masks/NAME.png (0 and 255)
     beside FOLDER/images/NAME.jpg."""
+    boxes: Path | None = None
+    """Boxes in place of --parts: a text file with a line a box, NAME X0 Y0 X1 Y1 in pixels of the image (the last ones
+    included), several lines an image where it has several. Inside is one part; the background is last."""
     encoder: str | None = None
     """Frozen encoder; it must be the one that the parts were learned on. Default: that one."""
     encoder_block: int | None = None
@@ -260,7 +263,7 @@ class ExtractConfig:
     quality: int = 90
     """Quality of the stored JPEG."""
     grid: int | None = None
-    """Cells a side of the label grid. Default: the part learner's grid; 28 for baselines and truth."""
+    """Cells a side of the label grid. Default: the part learner's grid; 28 for baselines, truth and boxes."""
     attention: bool = False
     """Also store the last block's class attention (KEY.attn.npy): one uint8 map per head, 784 bytes each."""
     samples_per_shard: int = 2048
@@ -285,10 +288,13 @@ class ExtractConfig:
         if (self.images is None) == (self.relabel is None):
             raise ValueError("extract needs either --images (images) or --relabel (a shard set), and not both")
         through = (self.encoder, self.encoder_block, self.encoder_mean, self.encoder_std, self.num_parts)
-        if str(self.parts) == TRUTH and (self.attention or any(one is not None for one in through)):
+        if self.boxes and str(self.parts) not in ("builtin", TRUTH):
+            raise ValueError(f"--boxes are the parts, and --parts {self.parts} names others; leave one of the two out")
+        true = "--boxes" if self.boxes else "--parts truth" if str(self.parts) == TRUTH else ""
+        if true and (self.attention or any(one is not None for one in through)):
             raise ValueError(
-                "--parts truth looks through no encoder and has the parts that were drawn; leave out --attention, "
-                "--encoder, --encoder-block, --encoder-mean, --encoder-std and --num-parts"
+                f"{true} looks through no encoder and has the parts that were drawn; leave out --attention, --encoder, "
+                "--encoder-block, --encoder-mean, --encoder-std and --num-parts"
             )
         if self.num_parts is not None and not 1 <= self.num_parts <= 255:
             raise ValueError(f"num_parts must lie between 1 and 255 (labels are bytes), got {self.num_parts}")

@@ -94,8 +94,8 @@ def recorded_config(info: dict[str, Any], folder: Path) -> ExtractConfig:
     from training.device import devices_here
 
     told = dict(info["producer"]["config"])
-    for name in ("parts", "relabel"):
-        if told[name] is not None:
+    for name in ("parts", "relabel", "boxes"):
+        if told.get(name) is not None:
             told[name] = Path(told[name])
     for name in ("encoder_mean", "encoder_std"):
         if told.get(name) is not None:

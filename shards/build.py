@@ -48,7 +48,7 @@ WORDS = {
     "inputs_sha256": "other images, names or classes",
     "encoder_sha256": "other encoder weights",
     "learner_sha256": "other parts",
-    "truth_sha256": "other part maps (--parts truth)",
+    "truth_sha256": "other part maps (--parts truth) or --boxes",
     "source": "--images",
     "inputs": "number of images",
 }

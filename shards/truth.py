@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 from PIL import Image
+
+from shards.atomic import sha256_file
 
 UNKNOWN = 255
 
@@ -20,7 +23,7 @@ class TruthFiles:
 
     def __init__(self, folder: Path, names: Sequence[str]):
         self.only_masks = not (folder / "labels").is_dir()
-        self.folder = folder / ("masks" if self.only_masks else "labels")
+        self.at = folder / ("masks" if self.only_masks else "labels")
         missing = next((path for path in map(self.path, names) if not path.is_file()), None)
         if missing:
             inside = f"; give {folder.parent}, not its images/" if folder.name == "images" else ""
@@ -30,7 +33,11 @@ class TruthFiles:
             )
 
     def path(self, name: str) -> Path:
-        return self.folder / PurePosixPath(name).with_suffix(".png")
+        return self.at / PurePosixPath(name).with_suffix(".png")
+
+    def digests(self, names: Sequence[str]) -> dict[str, Any]:
+        """What decides the labels of each image."""
+        return {name: sha256_file(self.path(name)) for name in names}
 
     def read(self, name: str) -> Integer[np.ndarray, "height width"]:
         """Part id of each pixel.
@@ -75,7 +82,7 @@ class TruthFiles:
         """
         if self.only_masks:
             return 1
-        for file in (self.folder.parent / "labels.txt", self.folder.parent.parent / "labels.txt"):
+        for file in (self.at.parent / "labels.txt", self.at.parent.parent / "labels.txt"):
             if file.is_file():
                 return _largest(file)
         return max(int(np.max(ids, where=ids != UNKNOWN, initial=0)) for ids in map(self.read, names))

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from partlearn.config import TRUTH, ExtractConfig
 from partlearn.labelling.shard import build_shard
 from partlearn.labelling.sources import FromImages
-from partlearn.labelling.truth import TruthLabeller
+from partlearn.labelling.truth import TruthLabeller, truth_beside
 from shards.build import finalise, open_plan, shard_done
 from shards.images import list_images
 from training.config import RunConfig
@@ -104,7 +104,7 @@ def _write_shards(made: Drawn, size: int, cores: int) -> None:
         run=RunConfig(out=made.shards, threads=cores),
     )
     source = source_of(config)
-    labeller = TruthLabeller(source, grid=28)
+    labeller = TruthLabeller(truth_beside(source), source.names, grid=28)
     made.shards.mkdir(parents=True, exist_ok=True)
     digest = open_plan(made.shards, {"drawn": len(source.images), "size": size})
     for number in range(len(source.shard_sizes)):

@@ -9,7 +9,7 @@ from partlearn.labelling.baselines import NAMES
 from partlearn.labelling.learned import open_token_labeller
 from partlearn.labelling.sources import Source, Stored
 from partlearn.labelling.stored_labels import Labels
-from partlearn.labelling.truth import TruthLabeller
+from partlearn.labelling.truth import TruthLabeller, boxes_of, truth_beside
 from training.device import pick_device
 
 
@@ -57,19 +57,22 @@ class Labeller(Protocol):
 
 
 def open_labeller(config: ExtractConfig, source: Source | None = None) -> Labeller:
-    """The labeller that `config.parts` names, on the device that is here.
+    """The labeller that `config.parts` or `config.boxes` names, on the device that is here.
 
     Args:
-        source: The images, which `truth` needs: its maps are beside them.
+        source: The images, which the truth needs: its maps are beside them, its boxes have their names.
 
     Raises:
-        ValueError, FileNotFoundError: See `TruthLabeller` and `open_token_labeller`.
+        ValueError, FileNotFoundError: See `truth_beside`, `boxes_of`, `TruthLabeller` and `open_token_labeller`.
         CheckpointError: See `open_token_labeller`.
     """
-    if str(config.parts) == TRUTH:
+    if config.boxes or str(config.parts) == TRUTH:
         if source is None:
-            raise ValueError("--parts truth needs the images that its maps are beside")
-        return TruthLabeller(source, grid=config.grid or 28)
+            raise ValueError(
+                "--parts truth needs the images that its maps are beside, and --boxes those that they are of"
+            )
+        files = boxes_of(source, config.boxes) if config.boxes else truth_beside(source)
+        return TruthLabeller(files, source.names, grid=config.grid or 28)
     return open_token_labeller(
         config.parts,
         encoder=config.encoder,

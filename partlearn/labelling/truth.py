@@ -1,5 +1,6 @@
-"""The truth as a source of labels: what a perfect part learner would store, as the upper end of a scale."""
+"""True parts or boxes as a source of labels: what a perfect part learner would store, as the upper end of a scale."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,42 +12,35 @@ from scipy import ndimage
 from partlearn.config import TRUTH
 from partlearn.labelling.sources import Source, Stored
 from partlearn.labelling.stored_labels import Labels
-from shards.atomic import sha256_file, sha256_json
+from shards.atomic import sha256_json
+from shards.boxes import BoxFile
 from shards.crops import reranked
 from shards.truth import UNKNOWN, TruthFiles, cells_of
 
 
 class TruthLabeller:
-    """Labels of the part maps beside the images of `source` (`shards/truth.py`); it looks at no pixel.
+    """Labels of part maps or boxes that people drew (`shards/truth.py`, `shards/boxes.py`); it looks at no pixel.
 
     Part id k becomes the label k - 1; background and unknown cells have the last label. There are as many labels in
-    every image: see `TruthFiles.count_parts`. Every map is read here once, for the digest that goes into the plan.
+    every image: see `TruthFiles.count_parts`. All that is drawn is read here once, for the digest that goes into the
+    plan.
 
     Raises:
-        ValueError: The images come from no local folder, or the parts do not fit into a byte.
-        FileNotFoundError: An image has no truth.
+        ValueError: The parts do not fit into a byte.
     """
 
     heads, shuffled, portable = 0, False, True
 
-    def __init__(self, source: Source, *, grid: int):
-        folder = Path(source.images_at)
-        if not folder.is_dir():
-            raise ValueError(
-                f"--parts truth needs images from a local folder that holds images/ beside labels/ or masks/, got "
-                f"{source.images_at}"
-            )
+    def __init__(self, files: TruthFiles | BoxFile, names: Sequence[str], *, grid: int):
         if not 1 <= grid <= 256:
             raise ValueError(f"grid must lie between 1 and 256 (ranks are two bytes), got {grid}")
-        self.files, self.grid = TruthFiles(folder, source.names), grid
-        self.parts = self.files.count_parts(source.names)
+        self.files, self.grid = files, grid
+        self.parts = files.count_parts(names)
         if not 1 <= self.parts <= 254:
             raise ValueError(
-                f"part ids must lie between 1 and 254 (255 is unknown), the largest in {self.files.folder} is "
-                f"{self.parts}"
+                f"part ids must lie between 1 and 254 (255 is unknown), the largest in {files.at} is {self.parts}"
             )
-        maps = {name: sha256_file(self.files.path(name)) for name in source.names}
-        self.sha256 = sha256_json([TRUTH, self.parts, maps])
+        self.sha256 = sha256_json([TRUTH, self.parts, files.digests(names)])
 
     @property
     def groups(self) -> int:
@@ -65,7 +59,7 @@ class TruthLabeller:
 
     def describe(self) -> dict[str, Any]:
         """What the labels come from, for dataset.json."""
-        return {"truth": str(self.files.folder), "parts": self.parts, **self.identity}
+        return {"truth": str(self.files.at), "parts": self.parts, **self.identity}
 
     def label(self, batch: Sequence[Stored]) -> Labels:
         """True part of each cell, and its rank in foreground; the confidence is 255: nobody asked.
@@ -91,8 +85,40 @@ class TruthLabeller:
         if wrong.size:
             raise ValueError(f"{path} has the part id {wrong[0]}, but the largest id there is is {self.parts}")
         if min(x1 - x0, y1 - y0) < self.grid:
-            raise ValueError(f"{path} is smaller than {self.grid} pixels a side, its cells; choose a smaller --grid")
+            raise ValueError(
+                f"{stored.source} is smaller than {self.grid} pixels a side, its cells; choose a smaller --grid"
+            )
         return cells_of(ids[y0:y1, x0:x1], self.grid)
+
+
+def truth_beside(source: Source) -> TruthFiles:
+    """The part maps beside the images of a folder.
+
+    Raises:
+        ValueError: The images come from no local folder.
+        FileNotFoundError: An image has no truth.
+    """
+    folder = Path(source.images_at)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--parts truth needs images from a local folder that holds images/ beside labels/ or masks/, got "
+            f"{source.images_at}"
+        )
+    return TruthFiles(folder, source.names)
+
+
+def boxes_of(source: Source, file: Path) -> BoxFile:
+    """The boxes of images; says of how many others the file has some.
+
+    Raises:
+        ValueError, FileNotFoundError: See `BoxFile`.
+    """
+    boxes = BoxFile(file, source.names)
+    if boxes.unused:
+        print(
+            f"{file} has boxes of {boxes.unused:,} images that are not among these; they are not used", file=sys.stderr
+        )
+    return boxes
 
 
 def depth_rank(inside: Bool[np.ndarray, "rows cols"]) -> UInt16[np.ndarray, "rows cols"]:
