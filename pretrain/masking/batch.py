@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from pretrain.masking.budget import lowest
@@ -58,6 +58,21 @@ def mask_batch(inputs: Inputs, progress: float) -> Masked:
         progress: How far the run is, from 0 to 1.
     """
     return masked_by(STRATEGIES[inputs.config.masking](inputs, progress), inputs)
+
+
+def noise_for_vitmae(scores: Float[Tensor, "batch patches"]) -> Float32[Tensor, "batch patches"]:
+    """The mask of these scores as the `noise` of Hugging Face's ViTMAE, which shows the int(L (1 - r)) patches of the
+    lowest noise: the same patches are visible there at the same mask_ratio.
+
+    Whole numbers, each once, because its sort leaves open which of equals comes first: the rank of -score, of equals
+    the last first, as `lowest` masks the first. In float32: half precisions would round them to equals. With a
+    --keep-share below 1 ViTMAE has no way to leave a patch out.
+
+        vit_mae(pixel_values, noise=noise_for_vitmae(STRATEGIES["semmae"](inputs, progress)))
+    """
+    order = scores.flip(1).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device, dtype=torch.float32)
+    return torch.empty_like(scores, dtype=torch.float32).scatter_(1, order, places.expand_as(scores)).flip(1)
 
 
 def split(
