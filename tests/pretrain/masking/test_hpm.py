@@ -195,19 +195,6 @@ def test_a_run_tells_its_teacher_how_far_it_is(make_shards, tmp_path):
     assert token.flatten().tolist() == pytest.approx([1 - decay] * 16, rel=1e-4)
 
 
-def test_a_stopped_run_of_hpm_goes_on_to_the_same_bits(make_shards, tmp_path):
-    data = make_shards().path
-    pretrain(config(data, tmp_path / "straight"))
-    straight = weights(tmp_path / "straight")
-
-    pretrain(config(data, tmp_path / "stopped"), stop_after_steps=3)
-    pretrain(config(data, tmp_path / "stopped"))
-
-    stopped = weights(tmp_path / "stopped")
-    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
-    assert sum(name.startswith("masking.teacher") for name in straight) > 30
-
-
 def test_micro_batches_and_ranks_of_hpm_change_nothing_but_rounding(make_shards, tmp_path):
     data = make_shards().path
     pretrain(config(data, tmp_path / "one"), stop_after_steps=3)
@@ -254,3 +241,4 @@ def test_a_killed_run_of_hpm_goes_on_to_the_same_bits(make_shards, tmp_path):
 
     one, other = weights(killed), weights(tmp_path / "straight")
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sum(name.startswith("masking.teacher") for name in one) > 30
