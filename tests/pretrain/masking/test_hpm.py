@@ -195,6 +195,7 @@ def test_a_run_tells_its_teacher_how_far_it_is(make_shards, tmp_path):
     assert token.flatten().tolist() == pytest.approx([1 - decay] * 16, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_ranks_of_hpm_change_nothing_but_rounding(make_shards, tmp_path):
     data = make_shards().path
     pretrain(config(data, tmp_path / "one"), stop_after_steps=3)
@@ -218,6 +219,7 @@ def test_micro_batches_and_ranks_of_hpm_change_nothing_but_rounding(make_shards,
         assert [log[name] for log in logs] == pytest.approx([logs[0][name]] * 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_hpm_goes_on_to_the_same_bits(make_shards, tmp_path):
     data, killed = make_shards().path, tmp_path / "killed"
     script = tmp_path / "one.py"
