@@ -60,8 +60,8 @@ class HardPatches(Learned):
     is learned (Kendall's tau with the true losses: 0 is chance, 1 the true order).
 
     Each step costs, beside MAE's, the encoder and the predictor on all kept patches without gradient, and the
-    predictor with one. The teacher has half of its own weights back after 700 to 7,000 steps: a run of a few hundred
-    ends with masks of an almost untrained teacher.
+    predictor with one. Half of the teacher's first weights are still there after 700 steps at the first decay, 7,000 at
+    the last: in a run of a few hundred steps it is mostly untrained, and so are its masks.
     """
 
     def __init__(self, config: PretrainConfig, mae: MAE, heads: int):
@@ -71,7 +71,7 @@ class HardPatches(Learned):
         self.teacher = _without_pixels(copy.deepcopy(mae)).requires_grad_(False)
         self.teacher_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
         self.figures_of_step: dict[str, float] = {}
-        self.taus, self.images = torch.zeros(2), 1
+        self.learned, self.images = torch.zeros(3), 1
 
     def masked(self, inputs: Inputs, progress: float) -> Masked:
         """Noise, less 1 where the highest losses are predicted."""
@@ -80,7 +80,7 @@ class HardPatches(Learned):
         scores = hard_scores(inputs.noise, predicted, hard)
         everywhere = predicted.new_zeros(len(predicted), inputs.shape[0] * inputs.shape[1])
         self.figures_of_step = {"hard": hard / inputs.masked}
-        self.taus, self.images = predicted.new_zeros(2), len(predicted)
+        self.learned, self.images = predicted.new_zeros(3), len(predicted)
         return masked_by(scores, inputs, (everywhere.scatter_(1, inputs.kept, predicted),))
 
     @torch.no_grad()
@@ -112,9 +112,10 @@ class HardPatches(Learned):
         losses = (mae.decode(tokens, count).float() - target).square().mean(dim=-1)
         guessed, true = self.predictor(tokens)[:, -count:], losses.detach()
         by_teacher = learned[0].gather(1, ids_predicted)
-        taus = torch.stack([tau(guessed.detach(), true), tau(by_teacher, true)])
-        self.taus = self.taus + taus * (len(images) / self.images)
-        return losses.mean() + order_loss(guessed, true)
+        order = order_loss(guessed, true)
+        seen = torch.stack([order.detach(), tau(guessed.detach(), true), tau(by_teacher, true)])
+        self.learned = self.learned + seen * (len(images) / self.images)
+        return losses.mean() + order
 
     @torch.no_grad()
     def accept(self, mae: MAE, progress: float) -> None:
@@ -126,9 +127,9 @@ class HardPatches(Learned):
                 weight.lerp_(weights[name], share)
 
     def figures(self) -> dict[str, float]:
-        """Share of the masked patches that are hard ones, and Kendall's tau of predictor and teacher."""
-        predictor, teacher = distributed.mean_over_ranks(self.taus).tolist()
-        return self.figures_of_step | {"predictor_tau": predictor, "teacher_tau": teacher}
+        """Share of the masked patches that are hard ones, loss of the order, and tau of predictor and teacher."""
+        names = ("order_loss", "predictor_tau", "teacher_tau")
+        return self.figures_of_step | dict(zip(names, distributed.mean_over_ranks(self.learned).tolist(), strict=True))
 
 
 def decay_at(epoch: float) -> float:

@@ -76,6 +76,7 @@ def test_the_loss_and_where_its_gradient_goes_are_the_papers(norm_pix_loss):
 
     loss = masking.loss(mae, pixels, masked.ids_visible, masked.ids_predicted, *masked.learned)
     loss.backward()
+    pixels_alone = mae(pixels, masked.ids_visible, masked.ids_predicted)
 
     leaves = [
         {name: weight.detach().double().requires_grad_(weight.requires_grad) for name, weight in one}
@@ -85,6 +86,7 @@ def test_the_loss_and_where_its_gradient_goes_are_the_papers(norm_pix_loss):
     expected = twin.loss(*leaves, inputs.config, list(zip(pixels.double(), *ids, strict=True)))
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert masking.figures()["order_loss"] == pytest.approx(loss.item() - pixels_alone.item(), rel=1e-5)
     for module, weights in zip((mae, masking.predictor), leaves, strict=True):
         for name, weight in module.named_parameters():
             if weight.requires_grad:
@@ -215,7 +217,7 @@ def test_micro_batches_and_ranks_of_hpm_change_nothing_but_rounding(make_shards,
 
     assert [apart(one, other) < 1e-5 for other in others] == [True, True]
     logs = [read_metrics(tmp_path / name)[0] for name in ("one", "four", "two")]
-    for name in ("loss", "predictor_tau", "teacher_tau"):
+    for name in ("loss", "order_loss", "predictor_tau", "teacher_tau"):
         assert [log[name] for log in logs] == pytest.approx([logs[0][name]] * 3, rel=1e-5)
 
 
