@@ -98,6 +98,7 @@ def test_pretraining_masks_more_inside_the_boxes(images):
     with ShardSet.open(settings.data, labels=settings.labels) as shards:
         names, task = shards.sources, Pretraining(settings, shards)
         task.open(0)
+        task.read(0)
         list(task.losses(0))
         task.close()
 
