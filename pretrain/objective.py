@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
+from pretrain.masking.automae import AutoMAE
 from pretrain.masking.hpm import HardPatches
 from pretrain.masking.learned import Learned
 
-LEARNED: dict[str, Callable[[PretrainConfig, MAE, int], Learned]] = {"hpm": HardPatches}
+LEARNED: dict[str, Callable[[PretrainConfig, MAE, int], Learned]] = {"hpm": HardPatches, "automae": AutoMAE}
 """The maskings that learn, by name: made of a config, the autoencoder, and the heads of the stored attention."""
 
 

@@ -15,6 +15,9 @@ BELONGS = {
     "foreground_odds": ("foreground",),
     "foreground_share": ("foreground",),
     "hard_share": ("hpm",),
+    "automae_select": ("automae",),
+    "automae_gan_input": ("automae",),
+    "automae_gan_scale": ("automae",),
 }
 """The maskings that read a setting; beside any other it is refused, because it would change nothing."""
 
@@ -72,6 +75,15 @@ class MaskingConfig:
     hard_share: float = 0.5
     """hpm: share of the masked patches that are the hardest ones at the end of the run; it grows from 0 with progress,
     and the others are random."""
+    automae_select: Literal["visible", "masked"] = "visible"
+    """automae: the generator selects as many patches as stay visible (the released code), which are then masked
+    together with random ones; or as many as are masked, most of which are."""
+    automae_gan_input: Literal["gumbel", "softmax"] = "gumbel"
+    """automae: its discriminator is shown what the generator says with Gumbel noise (the released code) or without.
+    With it, single patches stand out as they never do in a rectangle, which tells the two apart."""
+    automae_gan_scale: float = 1.0
+    """automae: factor on what the discriminator is shown. At 1 (the released code) patches are about one over their
+    number, too small for it to reach its target; that number mends it."""
 
     def refuse_idle_settings(self) -> None:
         """Raises ValueError for a setting of another masking: it would change nothing."""
@@ -103,6 +115,8 @@ def refuse_masks_out_of_range(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must lie between 0 and 1, got {share}")
     if not 0 < settings.get("gamma", 1) < float("inf"):
         raise ValueError(f"gamma must be above 0 and finite, got {settings['gamma']}")
+    if not 0 < (scale := settings.get("automae_gan_scale", 1)) < float("inf"):
+        raise ValueError(f"automae_gan_scale must be above 0 and finite, got {scale}")
     for name in ("mask_unit", "foreground_odds", "predicted"):
         if (count := settings.get(name)) is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

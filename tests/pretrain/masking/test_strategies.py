@@ -104,7 +104,7 @@ def test_flat_labels_ranks_and_attention_give_masks_that_prefer_no_place(name):
 
 
 def test_the_maskings_of_the_config_are_those_there_are():
-    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == {*STRATEGIES, *LEARNED, "automae"}
+    assert set(get_args(get_type_hints(PretrainConfig)["masking"])) == {*STRATEGIES, *LEARNED}
 
 
 @given(
