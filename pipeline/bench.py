@@ -18,6 +18,7 @@ from benchmarks.on_gpu.config import MINUTES as GPU_MINUTES
 from benchmarks.on_gpu.config import GpuConfig
 from benchmarks.on_gpu.measure import bench_gpu
 from benchmarks.rounds import Report, verdict
+from benchmarks.step import bench_step
 from pipeline.config import BenchConfig
 from pipeline.creatures import write_creatures
 from shards.atomic import write_json
@@ -51,11 +52,14 @@ def bench(config: BenchConfig) -> None:
     if config.name == "masking":
         _told(config, out, bench_masking(minutes=minutes))
         return
+    run = RunConfig(out=out, device=config.device, threads=config.threads)
+    if config.name == "step":
+        _told(config, out, bench_step(minutes=minutes, run=run, rehearse=config.rehearse))
+        return
     images = config.images or _creatures(out / "creatures")
     if config.name == "loader":
         report = bench_loader(images, out=out, minutes=minutes, most=config.max_images)
     elif config.name == "learn":
-        run = RunConfig(out=out, device=config.device, threads=config.threads)
         report = bench_learn(images, minutes=minutes, run=run)
     else:
         report = bench_extract(
@@ -65,7 +69,7 @@ def bench(config: BenchConfig) -> None:
             minutes=minutes,
             most=config.max_images,
             build=config.build,
-            run=RunConfig(out=out, device=config.device, threads=config.threads),
+            run=run,
         )
     _told(config, out, report)
 

@@ -139,7 +139,7 @@ def probe(config: Annotated[Any, options(ProbeConfig)]) -> None:
 
 
 def bench(config: Annotated[Any, options(BenchConfig)]) -> None:
-    """Measure this machine: `loader`, `masking`, `extract`, `learn` or `gpu`, medians and quartiles.
+    """Measure this machine: `loader`, `masking`, `extract`, `learn`, `step` or `gpu`, medians and quartiles.
 
     Blocks of time that other processes disturbed are not counted. For example:
       semmae bench loader --images photos/

@@ -93,10 +93,11 @@ class ScorePartsConfig:
 class BenchConfig:
     """A benchmark of this machine, beside other loaders or against a bar."""
 
-    name: Positional[Literal["loader", "masking", "extract", "learn", "gpu"]]
+    name: Positional[Literal["loader", "masking", "extract", "learn", "step", "gpu"]]
     """loader: images a second of the stream and of others; masking: what masks cost, a strategy a row; extract: share
-    of labelling outside the models; learn: a step of the part learner over the encoder's bare forward; gpu: everything
-    that a GPU is wanted for, in nine minutes (benchmarks/README.md)."""
+    of labelling outside the models; learn: a step of the part learner over the encoder's bare forward; step: a step
+    of pretraining, and AutoMAE's with its scorer's attention read or computed; gpu: everything that a GPU is wanted
+    for, in nine minutes (benchmarks/README.md)."""
     images: str | None = None
     """Images. Default: creatures are drawn into --out."""
     parts: Path | None = None
@@ -114,7 +115,7 @@ class BenchConfig:
     data: str | None = None
     """Shard set with classes for the masking study of gpu. Default: drawings."""
     rehearse: bool = False
-    """Run everything of gpu at toy size, on a CPU."""
+    """Run everything of gpu at toy size, on a CPU; step with a toy model."""
     max_images: int = 1024
     """Largest number of images to use, evenly spaced."""
     build: int = 128
@@ -141,10 +142,12 @@ class BenchConfig:
         for name in ("images", "max_images", "build", "device", "threads") if self.name in why else ():
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"bench {self.name} takes no --{name.replace('_', '-')}: {why[self.name]}")
-        if self.name != "gpu" and (self.photographs or self.encoder or self.data or self.rehearse):
-            raise ValueError(
-                f"--photographs, --encoder, --data and --rehearse belong to bench gpu, not to bench {self.name}"
-            )
+        if self.name != "gpu" and (self.photographs or self.encoder or self.data):
+            raise ValueError(f"--photographs, --encoder and --data belong to bench gpu, not to bench {self.name}")
+        if self.rehearse and self.name not in ("gpu", "step"):
+            raise ValueError(f"--rehearse belongs to bench gpu and bench step, not to bench {self.name}")
+        if self.images and self.name == "step":
+            raise ValueError("bench step takes no --images: it steps on noise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

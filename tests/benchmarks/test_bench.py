@@ -87,6 +87,17 @@ def test_bench_masking_has_a_row_and_a_bar_for_every_strategy():
     assert all(0 < row.low <= row.value <= row.high < 10_000 for row in report.rows)
 
 
+def test_bench_step_tells_what_a_scorer_in_every_step_costs(tmp_path):
+    to = tmp_path / "rows.json"
+
+    bench(BenchConfig(name="step", out=tmp_path, json=to, minutes=0.001, device="cpu", rehearse=True))
+
+    rows = {row["name"]: row for row in json.loads(to.read_text())}
+    assert list(rows) == ["ours", "automae", "automae_with_scorer", "automae/ours", "automae_with_scorer/automae"]
+    assert all(set(row) - {"noisy"} == FIELDS and row["value"] > 0 for row in rows.values())
+    assert not (tmp_path / "creatures").exists()
+
+
 def test_blocks_beside_a_neighbour_are_dropped():
     alone = Block(5000.0, foreign_cores(machine_s=0.72, ours_s=0.70, wall_s=0.7))
     beside = Block(2500.0, foreign_cores(machine_s=1.30, ours_s=0.65, wall_s=0.7))
