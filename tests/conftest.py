@@ -42,6 +42,7 @@ SLOW = {
     "pipeline/cluster": ("test_pool", "test_ray", "test_submit"),
     "pipeline/figures": ("test_parts_sheet",),
     "pretrain": ("test_every_masking", "test_interruption", "test_overfit", "test_run", "test_train"),
+    "pretrain/masking": ("test_automae",),
     "shards": ("test_faults",),
     ".": ("test_end_to_end", "test_wheel"),
 }
