@@ -70,6 +70,7 @@ class AutoMAE(Learned):
         self._seen: dict[str, Tensor] = {}
         self._terms: list[Tensor] = []
         self._images = 0
+        self._last = torch.zeros(1, 1)
 
     def begin(self, inputs: Inputs, rate: float) -> None:
         """The discriminator's step: 1 for rectangles, 0 for what the generator makes with noise of its own."""
@@ -77,7 +78,7 @@ class AutoMAE(Learned):
         with torch.no_grad(), _plain(inputs.device):
             real = rectangles(inputs.uniform(RECTANGLE, CORNERS + patches).double(), inputs.shape)
             noise = gumbel(inputs.uniform(GUMBEL, 2 * patches)[:, patches:])
-            made = self._shown(self.generator(attention_shares(inputs)), noise).unflatten(1, inputs.shape)
+            made = self._shown(self._logits(attention_shares(inputs)), noise).unflatten(1, inputs.shape)
         self.discriminator.requires_grad_(True).train()
         update(self.optimizer, self._discriminator_losses(real, made), rate=rate)
         self.optimizer.zero_grad()
@@ -102,14 +103,13 @@ class AutoMAE(Learned):
         """
         attention, noise = attention_shares(inputs), gumbel(inputs.uniform(GUMBEL, inputs.shape[0] * inputs.shape[1]))
         with _plain(inputs.device):
-            logits = self.generator(attention)
+            self._last = logits = self._logits(attention)
         masked = inputs.masked
         count = masked if self.config.automae_select == "masked" else inputs.kept.shape[1] - masked
         selected = lowest(-inputs.of_kept(logits + noise), count)
         chosen = masked_by(-(inputs.noise + MASK_FACTOR * selected), inputs, learned=(attention, noise))
         placed = torch.zeros_like(logits).scatter(1, inputs.kept, selected.float())
         self._seen["selected_masked"] = placed.gather(1, chosen.ids_masked).sum(dim=1).mean() / count
-        self._seen["entropy"] = entropy(logits).mean()
         self._images, self._terms = len(attention), []
         return chosen
 
@@ -124,7 +124,7 @@ class AutoMAE(Learned):
         """Of w, only 0.5 · p has a gradient, and p is needed at visible patches; `learned` is attention and noise."""
         attention, noise = learned
         with _plain(images.device):
-            logits = self.generator(attention)
+            logits = self._logits(attention)
             weights = MASK_FACTOR * (logits + noise).softmax(dim=1).gather(1, ids_visible)
             opinion = self._judged(self._shown(logits, noise).unflatten(1, attention.shape[2:]))
             adversarial = (opinion - 1).square().mean()
@@ -134,6 +134,9 @@ class AutoMAE(Learned):
         reconstruction = F.mse_loss(predicted.float(), mae.targets(patches, ids_predicted))
         self._terms.append(torch.stack([reconstruction, adversarial]).detach() * len(images) / self._images)
         return reconstruction + ADVERSARIAL * adversarial
+
+    def _logits(self, attention: Float[Tensor, "batch heads rows cols"]) -> Float[Tensor, "batch patches"]:
+        return self.generator(self.config.automae_attention_scale * attention)
 
     def _shown(
         self, logits: Float[Tensor, "batch patches"], noise: Float[Tensor, "batch patches"]
@@ -146,11 +149,15 @@ class AutoMAE(Learned):
 
     def figures(self) -> dict[str, float]:
         """d_real, d_fake: what the discriminator said before its step; real_peak, fake_peak: the greatest share of a
-        patch in what it was shown; entropy: of the generator without noise, 1 = it prefers no patch;
-        selected_masked: the share of the selected patches that is masked; reconstruction, adversarial: the terms."""
-        terms = torch.stack(self._terms).sum(dim=0)
+        patch in what it was shown; selected_masked: the share of the selected patches that is masked; entropy: of the
+        generator without noise, 1 = it prefers no patch; own_share: of the variance of its logits over an image, the
+        share that is not the same in every image; reconstruction, adversarial: the terms of the loss."""
+        terms, logits = torch.stack(self._terms).sum(dim=0), self._last
         shown = self._seen | dict(zip(("reconstruction", "adversarial"), terms, strict=True))
-        return dict(zip(shown, mean_over_ranks(torch.stack(list(shown.values()))).tolist(), strict=True))
+        shown |= {"entropy": entropy(logits).mean(), "variance": logits.var(dim=1).mean()}
+        told = dict(zip(shown, mean_over_ranks(torch.stack(list(shown.values()))).tolist(), strict=True))
+        common = mean_over_ranks(logits.mean(dim=0)).var().item()
+        return told | {"own_share": 1 - common / max(told.pop("variance"), 1e-30)}
 
     def own_state(self) -> dict[str, Any]:
         """The discriminator's optimizer."""

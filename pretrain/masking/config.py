@@ -16,6 +16,7 @@ BELONGS = {
     "foreground_share": ("foreground",),
     "hard_share": ("hpm",),
     "automae_select": ("automae",),
+    "automae_attention_scale": ("automae",),
     "automae_gan_input": ("automae",),
     "automae_gan_scale": ("automae",),
 }
@@ -78,6 +79,9 @@ class MaskingConfig:
     automae_select: Literal["visible", "masked"] = "visible"
     """automae: the generator selects as many patches as stay visible (the released code), which are then masked
     together with random ones; or as many as are masked, most of which are."""
+    automae_attention_scale: float = 1.0
+    """automae: factor on the attention that the generator reads. At 1 (the released code) it is about one over the
+    number of patches, so small that biases and borders decide, the same for every image; that number mends it."""
     automae_gan_input: Literal["gumbel", "softmax"] = "gumbel"
     """automae: its discriminator is shown what the generator says with Gumbel noise (the released code) or without.
     With it, single patches stand out as they never do in a rectangle, which tells the two apart."""
@@ -115,8 +119,9 @@ def refuse_masks_out_of_range(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must lie between 0 and 1, got {share}")
     if not 0 < settings.get("gamma", 1) < float("inf"):
         raise ValueError(f"gamma must be above 0 and finite, got {settings['gamma']}")
-    if not 0 < (scale := settings.get("automae_gan_scale", 1)) < float("inf"):
-        raise ValueError(f"automae_gan_scale must be above 0 and finite, got {scale}")
+    for name in ("automae_attention_scale", "automae_gan_scale"):
+        if not 0 < settings.get(name, 1) < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {settings[name]}")
     for name in ("mask_unit", "foreground_odds", "predicted"):
         if (count := settings.get(name)) is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

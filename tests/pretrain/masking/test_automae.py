@@ -34,7 +34,7 @@ HEADS, STEPS, CELLS = 4, 4, 8
 SMALL: dict[str, Any] = {
     "patch": 8, "embed_dim": 16, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
     "batch_size": 12, "epochs": 2, "base_lr": 0.1, "warmup_epochs": 0, "seed": 5, "masking": "automae", "flip": False,
-    "automae_gan_scale": 7.0,
+    "automae_gan_scale": 7.0, "automae_attention_scale": 9.0,
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def twin_steps(run: Run) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
         assert rates[2 * step + 1] == [rate, rate]
         draws = draws_of(run, step)
         leaves = {name: weight.detach().requires_grad_() for name, weight in mae.weights.items()}
-        p_of = [(twin.logits(leaves, one.double()), row) for one, row in zip(attention, draws, strict=True)]
+        p_of = [(twin.logits(leaves, 9 * one.double()), row) for one, row in zip(attention, draws, strict=True)]
         fakes = [twin.probabilities(log_p.detach(), twin.gumbel(row["gumbel"][16:])) for log_p, row in p_of]
         reals = [twin.rectangle(row["rectangle"], 4, 4) for row in draws]
         kernels = {name: weight.detach().requires_grad_() for name, weight in gan.weights.items()}
@@ -118,6 +118,7 @@ def twin_steps(run: Run) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
         state |= {name: weight.detach() for name, weight in gan.weights.items()}
         sharp = twin.kernels(state, iterate=False)
         losses, adversarial, ids, selected, flat = [], [], [], [], []
+        own = [log_p.detach() for log_p, _ in p_of]
         for pixels, (log_p, row) in zip(images, p_of, strict=True):
             p = twin.probabilities(log_p, twin.gumbel(row["gumbel"][:16]))
             found = twin.scores(p, row["mask"], list(range(16)), 4)
@@ -135,6 +136,7 @@ def twin_steps(run: Run) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
             "adversarial": torch.stack(adversarial).mean(),
             "selected_masked": torch.tensor(selected).double().mean(),
             "entropy": torch.stack(flat).mean(),
+            "own_share": 1 - torch.stack(own).mean(dim=0).var() / torch.stack(own).var(dim=1).mean(),
             "real_peak": torch.stack([real.max() for real in reals]).mean(),
             "fake_peak": torch.stack([fake.max() for fake in fakes]).mean(),
         }
