@@ -416,3 +416,14 @@ def test_micro_batches_and_ranks_change_nothing_but_rounding(how, others):
 
 def unlike_time(line: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name != "images_per_second"}
+
+
+def test_a_set_without_attention_is_refused_with_the_command_that_makes_it(make_shards, tmp_path):
+    with pytest.raises(ValueError, match="no class attention; make it with `semmae extract --relabel .* --attention"):
+        pretrain(config(make_shards().path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("field", ["automae_attention_scale", "automae_gan_scale"])
+def test_a_scale_of_nothing_is_a_sentence(field):
+    with pytest.raises(ValueError, match=field):
+        config(Path(), Path(), **{field: 0.0})
