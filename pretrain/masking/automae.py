@@ -32,7 +32,8 @@ ADVERSARIAL = 0.2
 
 
 class Generator(nn.Module):
-    """3x3 convolutions, from an attention map a head to half as many and to one."""
+    """3x3 convolutions, from an attention map a head to half as many and to one. The last has no bias, which would
+    learn from rounding alone: the softmax over patches takes it away."""
 
     def __init__(self, heads: int):
         super().__init__()
@@ -40,7 +41,7 @@ class Generator(nn.Module):
         self.convolutions = nn.Sequential(
             nn.Conv2d(heads, hidden, kernel_size=3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(hidden, 1, kernel_size=3, padding=1),
+            nn.Conv2d(hidden, 1, kernel_size=3, padding=1, bias=False),
         )
 
     def forward(self, attention: Float[Tensor, "batch heads rows cols"]) -> Float[Tensor, "batch patches"]:

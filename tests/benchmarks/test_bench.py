@@ -161,7 +161,7 @@ def test_every_round_holds_every_case_once_and_the_first_is_thrown_away():
         ("gpu", {"threads": 8}, "bench gpu takes no --threads"),
         ("gpu", {"images": "photos"}, "bench gpu takes no --images"),
         ("gpu", {"parts": Path("parts")}, "--parts belongs to bench extract"),
-        ("loader", {"rehearse": True}, "belong to bench gpu, not to bench loader"),
+        ("loader", {"rehearse": True}, "belongs to bench gpu and bench step, not to bench loader"),
     ],
 )
 def test_a_flag_of_another_benchmark_is_refused(name, given, said):

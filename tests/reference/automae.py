@@ -30,7 +30,7 @@ def logits(weights: dict[str, Tensor], attention: Tensor) -> Tensor:
     name = "masking.generator.convolutions"
     hidden = convolved(attention, weights[f"{name}.0.weight"], weights[f"{name}.0.bias"], stride=1, padding=1)
     hidden = torch.where(hidden > 0, hidden, 0 * hidden)
-    return convolved(hidden, weights[f"{name}.2.weight"], weights[f"{name}.2.bias"], stride=1, padding=1).flatten()
+    return convolved(hidden, weights[f"{name}.2.weight"], None, stride=1, padding=1).flatten()
 
 
 def gumbel(draws: list[float]) -> Tensor:
