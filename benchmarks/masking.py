@@ -1,5 +1,6 @@
 """What the masks of a batch cost, a strategy a row: stored labels in, visible and masked patches out, on one core."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 
 from benchmarks.rounds import BLOCK_S, Block, Case, Report, gate_in_words, interleaved, repeated, summary
 from pretrain.config import PretrainConfig, StreamRun
+from pretrain.masking.automae import AutoMAE
 from pretrain.masking.batch import mask_batch
 from pretrain.masking.inputs import Inputs
 from pretrain.masking.strategies import STRATEGIES
+from pretrain.train import build
 from shards.batches import Batch
 
 BATCH, SHAPE, GRID, GROUPS, HEADS = 256, (14, 14), 28, 7, 6
@@ -20,9 +23,13 @@ OTHERS = ("<=", 60.0)
 
 
 def bench_masking(*, minutes: float, block_s: float = BLOCK_S) -> Report:
-    """Measure `mask_batch` for every strategy: 256 images of 14x14 patches, labels of 28x28 cells in 7 groups."""
+    """Measure `mask_batch` for every strategy, and `masked` of AutoMAE, its generator in it.
+
+    256 images of 14x14 patches; labels of 28x28 cells in 7 groups.
+    """
     batch, threads = some_batch(), torch.get_num_threads()
-    cases = [Case(name, repeated(partial(_masked, name, batch), BATCH)) for name in STRATEGIES]
+    calls = {name: partial(_masked, name, batch) for name in STRATEGIES} | {"automae": _automae(batch)}
+    cases = [Case(name, repeated(call, BATCH)) for name, call in calls.items()]
     torch.set_num_threads(1)
     try:
         pairs = [(one.name, one.name) for one in cases]
@@ -55,6 +62,13 @@ def some_batch() -> Batch:
         attn=random.integers(0, 256, (BATCH, HEADS, GRID, GRID), dtype=np.uint8),
         attn_peak=random.random((BATCH, HEADS), dtype=np.float32),
     )
+
+
+def _automae(batch: Batch) -> Callable[[], object]:
+    """Of a generator as it begins; its time does not depend on its weights."""
+    config = PretrainConfig(data="", masking="automae", embed_dim=48, depth=1, heads=1, run=StreamRun(out=Path()))
+    masking = AutoMAE(config, build(config, 16 * SHAPE[0]), HEADS)
+    return lambda: masking.masked(Inputs(batch, config, 0, SHAPE, GROUPS), 0.5)
 
 
 def _masked(name: Any, batch: Batch) -> None:
