@@ -99,8 +99,8 @@ class AutoMAE(Learned):
     def masked(self, inputs: Inputs, progress: float) -> Masked:
         """As many as stay visible are selected, or as many as are masked; `progress` changes nothing.
 
-        Of 196 patches a selected one is masked, because 49 of the 147 others have less noise than 0.5; all but once in
-        30,000 images.
+        Of 196 patches a selected one is as good as always masked: in all but one of 60,000 images 49 of the 147 others
+        have less noise than 0.5.
         """
         attention, noise = attention_shares(inputs), gumbel(inputs.uniform(GUMBEL, inputs.shape[0] * inputs.shape[1]))
         with _plain(inputs.device):
