@@ -11,7 +11,8 @@ import torch
 from benchmarks.rounds import BLOCK_S, Block, Case, Report, gate_in_words, interleaved, repeated, summary
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.automae import AutoMAE
-from pretrain.masking.batch import mask_batch
+from pretrain.masking.batch import mask_batch, masked_by
+from pretrain.masking.hpm import hard_count, hard_scores
 from pretrain.masking.inputs import Inputs
 from pretrain.masking.strategies import STRATEGIES
 from pretrain.train import build
@@ -23,12 +24,13 @@ OTHERS = ("<=", 60.0)
 
 
 def bench_masking(*, minutes: float, block_s: float = BLOCK_S) -> Report:
-    """Measure `mask_batch` for every strategy, and `masked` of AutoMAE, its generator in it.
+    """Measure `mask_batch` for every strategy; HPM's masks given the predicted losses; AutoMAE's with its generator.
 
     256 images of 14x14 patches; labels of 28x28 cells in 7 groups.
     """
     batch, threads = some_batch(), torch.get_num_threads()
-    calls = {name: partial(_masked, name, batch) for name in STRATEGIES} | {"automae": _automae(batch)}
+    calls: dict[str, Callable[[], object]] = {name: partial(_masked, name, batch) for name in STRATEGIES}
+    calls |= {"hpm": partial(_hpm, batch, torch.rand(BATCH, SHAPE[0] * SHAPE[1])), "automae": _automae(batch)}
     cases = [Case(name, repeated(call, BATCH)) for name, call in calls.items()]
     torch.set_num_threads(1)
     try:
@@ -62,6 +64,11 @@ def some_batch() -> Batch:
         attn=random.integers(0, 256, (BATCH, HEADS, GRID, GRID), dtype=np.uint8),
         attn_peak=random.random((BATCH, HEADS), dtype=np.float32),
     )
+
+
+def _hpm(batch: Batch, predicted: torch.Tensor) -> None:
+    inputs = Inputs(batch, PretrainConfig(data="", masking="hpm", run=StreamRun(out=Path())), 0, SHAPE, GROUPS)
+    masked_by(hard_scores(inputs.noise, predicted, hard_count(inputs.masked, 0.5, 0.5)), inputs)
 
 
 def _automae(batch: Batch) -> Callable[[], object]:

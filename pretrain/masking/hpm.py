@@ -71,7 +71,7 @@ class HardPatches(Learned):
         self.teacher = _without_pixels(copy.deepcopy(mae)).requires_grad_(False)
         self.teacher_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
         self.figures_of_step: dict[str, float] = {}
-        self.learned, self.images = torch.zeros(3), 1
+        self.learned, self.images = torch.zeros(4), 1
 
     def masked(self, inputs: Inputs, progress: float) -> Masked:
         """Noise, less 1 where the highest losses are predicted."""
@@ -80,7 +80,7 @@ class HardPatches(Learned):
         scores = hard_scores(inputs.noise, predicted, hard)
         everywhere = predicted.new_zeros(len(predicted), inputs.shape[0] * inputs.shape[1])
         self.figures_of_step = {"hard": hard / inputs.masked}
-        self.learned, self.images = predicted.new_zeros(3), len(predicted)
+        self.learned, self.images = predicted.new_zeros(4), len(predicted)
         return masked_by(scores, inputs, (everywhere.scatter_(1, inputs.kept, predicted),))
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class HardPatches(Learned):
         guessed, true = self.predictor(tokens)[:, -count:], losses.detach()
         by_teacher = learned[0].gather(1, ids_predicted)
         order = order_loss(guessed, true)
-        seen = torch.stack([order.detach(), tau(guessed.detach(), true), tau(by_teacher, true)])
+        seen = torch.stack([true.mean(), order.detach(), tau(guessed.detach(), true), tau(by_teacher, true)])
         self.learned = self.learned + seen * (len(images) / self.images)
         return losses.mean() + order
 
@@ -127,8 +127,8 @@ class HardPatches(Learned):
                 weight.lerp_(weights[name], share)
 
     def figures(self) -> dict[str, float]:
-        """Share of the masked patches that are hard ones, loss of the order, and tau of predictor and teacher."""
-        names = ("order_loss", "predictor_tau", "teacher_tau")
+        """Share of the masked patches that are hard ones; the two terms of the loss; tau of predictor and teacher."""
+        names = ("reconstruction", "order_loss", "predictor_tau", "teacher_tau")
         return self.figures_of_step | dict(zip(names, distributed.mean_over_ranks(self.learned).tolist(), strict=True))
 
 

@@ -82,7 +82,7 @@ def test_bench_learn_counts_the_forwards_that_a_step_takes(tmp_path):
 def test_bench_masking_has_a_row_and_a_bar_for_every_strategy():
     report = bench_masking(minutes=0.001, block_s=0.01)
 
-    assert [row.name for row in report.rows] == list(report.bars) == [*STRATEGIES, "automae"]
+    assert [row.name for row in report.rows] == list(report.bars) == [*STRATEGIES, "hpm", "automae"]
     assert {row.unit for row in report.rows} == {"us/image"}
     assert all(0 < row.low <= row.value <= row.high < 10_000 for row in report.rows)
 

@@ -16,8 +16,9 @@ from shards.sample import LabelledImage
 
 SHEET = Path(__file__).parents[2] / "docs/photos.jpg"
 """Its first column is eight photographs of 112 px, below a header."""
-LOSS = 0.75
-"""Mean of the last 20 steps; who predicts each patch's mean has 1."""
+LOSS = {"random": 0.75, "semmae": 0.75, "automae": 0.95, "hpm": 1.4}
+"""Mean of the last 20 steps. Who predicts each patch's mean has 1; the judge of automae adds up to 0.2, and the order
+of the losses 0.69 where it is guessed."""
 SETTINGS = {
     "patch": 8, "embed_dim": 64, "depth": 1, "heads": 2, "decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2,
     "epochs": 50, "warmup_epochs": 2, "batch_size": 16, "base_lr": 8e-2, "flip": False, "weight_decay": 0.0,
@@ -57,5 +58,5 @@ def test_64_photographs_are_learned_by_heart_in_200_steps(masking, data, tmp_pat
 
     losses = [loss.item() for loss in watched.outputs]
     assert len(losses) == 200
-    assert losses[0] > 1
-    assert sum(losses[-20:]) / 20 < LOSS
+    assert losses[0] > 1.2 * LOSS[masking]
+    assert sum(losses[-20:]) / 20 < LOSS[masking]

@@ -87,6 +87,7 @@ def test_the_loss_and_where_its_gradient_goes_are_the_papers(norm_pix_loss):
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert masking.figures()["order_loss"] == pytest.approx(loss.item() - pixels_alone.item(), rel=1e-5)
+    assert masking.figures()["reconstruction"] == pytest.approx(pixels_alone.item(), rel=1e-5)
     for module, weights in zip((mae, masking.predictor), leaves, strict=True):
         for name, weight in module.named_parameters():
             if weight.requires_grad:
