@@ -1,0 +1,71 @@
+"""Maskings side by side on the same images, at the start, half-way and at the end of training.
+
+python -m pipeline.figures.masks_sheet masks.png runs/random runs/semmae runs/hpm
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.config import config_of
+from pretrain.masking.batch import Masked, mask_batch
+from pretrain.pictures import with_holes
+from pretrain.train import Pretraining, inputs_of
+from shards.atomic import write_whole
+from shards.batches import STORED, Batch, Reader
+from shards.order import permutation
+from shards.shard_set import ShardSet
+from training.checkpoint import find, load_tensors
+from training.contact_sheet import png_of, tinted
+
+IMAGES = 3
+PROGRESS = (0.0, 0.5, 1.0)
+
+
+def draw_masks(path: Path, runs: list[Path], *, seed: int = 0) -> Path:
+    """Write to `path` (PNG) what the encoder sees under the masking of each run: a column a run, and three rows an
+    image, for 0, 50 and 100 % of training. Maskings that learn have the weights of their run's newest checkpoint.
+
+    Raises:
+        ValueError: The runs are on other images than each other.
+    """
+    names, columns, fingerprints = ["image", "parts"], [], set()
+    for run in runs:
+        config = config_of(run)
+        with ShardSet.open(config.data, labels=config.labels) as shards:
+            fingerprints.add(shards.fingerprint)
+            batch = _pick(shards, seed)
+            images = np.repeat(batch.images.astype(np.float32), len(PROGRESS), axis=0)
+            if not columns:
+                columns = [images, tinted(images, np.repeat(batch.parts, len(PROGRESS), axis=0), 1 + shards.num_parts)]
+            task = Pretraining(config, shards)
+            task.objective.load_tensors(load_tensors(find(run))[0])
+            seen = [_masked(task, batch, progress).ids_visible.cpu() for progress in PROGRESS]
+            columns.append(with_holes(images, torch.stack(seen, dim=1).flatten(0, 1), config.patch))
+            names.append(config.masking)
+    if len(fingerprints) > 1:
+        raise ValueError("the runs are on other images than each other; draw those of one shard set")
+    write_whole(path, png_of(names, columns))
+    return path
+
+
+def _masked(task: Pretraining, batch: Batch, progress: float) -> Masked:
+    if task.masking is None:
+        return mask_batch(inputs_of(batch, task.config, task.shards), progress)
+    return task.masking.masked(inputs_of(batch, task.config, task.shards, task.device), progress)
+
+
+def _pick(shards: ShardSet, seed: int) -> Batch:
+    """The first samples of the seed's order, with attention where there is any."""
+    wanted = permutation(len(shards), seed=seed, epoch=0)[:IMAGES]
+    place = (wanted, np.zeros_like(wanted), 0)
+    reader = Reader(shards, STORED, attention=shards.peaks is not None, substitutes=0)
+    (batch,) = reader.decoded([place], threads=1, prefetch=0)
+    return batch
+
+
+if __name__ == "__main__":
+    out, *folders = map(Path, sys.argv[1:])
+    print(draw_masks(out, folders))
