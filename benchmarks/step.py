@@ -9,7 +9,6 @@ import torch
 from benchmarks.rounds import Case, Report, gate_in_words, interleaved, ratios, repeated, summary
 from encoders.load import load_encoder
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.masking.batch import mask_batch
 from pretrain.masking.inputs import Inputs
 from pretrain.objective import Objective, new_masking
 from pretrain.train import build, masked_loss, new_optimizer
@@ -90,12 +89,9 @@ def _step(
 
     def step() -> None:
         inputs = Inputs(batch, config, config.seed, (SIDE, SIDE), PARTS, device=device)
-        if objective.masking is None:
-            masked = mask_batch(inputs, 0.5)
-        else:
+        if objective.masking is not None:
             objective.masking.begin(inputs, rate)
-            masked = objective.masking.masked(inputs, 0.5)
-        update(optimizer, [masked_loss(objective, masked, config, device)], rate=rate)
+        update(optimizer, [masked_loss(objective, objective.masked(inputs, 0.5), config, device)], rate=rate)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

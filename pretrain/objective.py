@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE
 from pretrain.masking.automae import AutoMAE
+from pretrain.masking.batch import Masked, mask_batch
 from pretrain.masking.hpm import HardPatches
+from pretrain.masking.inputs import Inputs
 from pretrain.masking.learned import Learned
+from shards.rng import INIT, key_of
 
 LEARNED: dict[str, Callable[[PretrainConfig, MAE, int], Learned]] = {"hpm": HardPatches, "automae": AutoMAE}
 """The maskings that learn, by name: made of a config, the autoencoder, and the heads of the stored attention."""
@@ -28,12 +31,16 @@ class Objective(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
         ids_predicted: Int64[Tensor, "batch predicted"],
-        *learned: Tensor,
+        *extra: Tensor,
     ) -> Float[Tensor, ""]:
         """The loss of these images, a mean over them."""
         if self.masking is None:
             return self.mae(images, ids_visible, ids_predicted)
-        return self.masking.loss(self.mae, images, ids_visible, ids_predicted, *learned)
+        return self.masking.loss(self.mae, images, ids_visible, ids_predicted, *extra)
+
+    def masked(self, inputs: Inputs, progress: float) -> Masked:
+        """The masks of a batch, by the masking of the config, whether it learns or not."""
+        return mask_batch(inputs, progress) if self.masking is None else self.masking.masked(inputs, progress)
 
     def tensors(self) -> dict[str, Tensor]:
         """The autoencoder's by its own names, the masking's behind `masking.`"""
@@ -57,5 +64,5 @@ def new_masking(config: PretrainConfig, mae: MAE, heads: int) -> Learned | None:
     if config.masking not in LEARNED:
         return None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)
+        torch.manual_seed(int(key_of(config.seed, 0, INIT)))  # seed + 1 would be the draws of the next seed's model
         return LEARNED[config.masking](config, mae, heads)

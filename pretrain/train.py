@@ -16,7 +16,7 @@ from pretrain.config import PretrainConfig
 from pretrain.health import Health
 from pretrain.initialise import initialise
 from pretrain.mae import MAE
-from pretrain.masking.batch import Masked, mask_batch
+from pretrain.masking.batch import Masked
 from pretrain.masking.budget import masked_count
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.inputs import CPU, Inputs
@@ -157,13 +157,9 @@ class Pretraining(Task):
     def mask(self, batch: Batch, step: int) -> Masked:
         """The masks of a step's batch; a masking that learns takes its own update first."""
         self.inputs = inputs_of(batch, self.config, self.shards, self.device if self.masking else CPU)
-        if self.masking is not None:
+        if self.masking is not None and not self.begun:
             self.masking.begin(self.inputs, self.rate(step))
-        return self._masked(self.inputs, step)
-
-    def _masked(self, inputs: Inputs, step: int) -> Masked:
-        progress = step / self.total
-        return mask_batch(inputs, progress) if self.masking is None else self.masking.masked(inputs, progress)
+        return self.objective.masked(self.inputs, step / self.total)
 
     def accept(self, step: int) -> None:
         if self.masking is not None:
@@ -199,7 +195,7 @@ class Pretraining(Task):
             device = self.device if self.masking else CPU
             inputs = inputs_of(self.stream.stored(ROWS, epoch=epoch), self.config, self.shards, device)
             path = Path(self.config.run.out) / "pictures" / f"step-{step:08d}.png"
-            draw_pictures(path, self.model, self._masked(inputs, step))
+            draw_pictures(path, self.model, self.objective.masked(inputs, step / self.total))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.objective.tensors()
@@ -266,7 +262,7 @@ def masked_loss(model: nn.Module, masked: Masked, config: PretrainConfig, device
     masked, (mean, std) = masked.to(device), _mean_and_std(device)
     images = (masked.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
     with autocast(device, config.run.precision):
-        return model(images, masked.ids_visible, masked.ids_predicted, *masked.learned)
+        return model(images, masked.ids_visible, masked.ids_predicted, *masked.extra)
 
 
 def inputs_of(batch: Batch, config: PretrainConfig, shards: ShardSet, device: torch.device = CPU) -> Inputs:

@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pretrain.config import PretrainConfig, StreamRun
+from pretrain.mae import MAE
 from pretrain.masking.inputs import Inputs
+from pretrain.masking.strategies import STRATEGIES
+from pretrain.objective import LEARNED, new_masking
 from shards.batches import Batch
 
 
@@ -44,3 +48,25 @@ TINY = {
     "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2
 }  # fmt: skip
 """The smallest autoencoder."""
+
+
+MASKINGS = [*STRATEGIES, *LEARNED]
+
+
+def of(name: str, **settings) -> Inputs:
+    """Inputs of any masking; the model of one that learns is tiny."""
+    return inputs_of(name, **settings, **(TINY if name in LEARNED else {}))
+
+
+def scores_of(inputs: Inputs, progress: float) -> torch.Tensor:
+    """By the masking of the config; one that learns has its first weights."""
+    name = inputs.config.masking
+    if name in STRATEGIES:
+        return STRATEGIES[name](inputs, progress)
+    rows, cols = inputs.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mae = MAE(size=(8 * rows, 8 * cols), **TINY)
+    masking = new_masking(inputs.config, mae, 3)
+    assert masking is not None
+    return masking.scores(inputs, progress)[0]

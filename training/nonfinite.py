@@ -13,12 +13,13 @@ from training.saving import take_back, whole_state
 from training.task import Task
 from training.update import update
 
+SAMPLES = "samples.json"
 MOST = 3
 """Steps of a run that are written aside; each is as large as a checkpoint."""
 
 
 def set_aside(task: Task, run: RunFolder, step: int, loss: Float[Tensor, ""], *, skipped: int) -> Path | None:
-    """Write `run/nonfinite/step-NNNNNNNN/`: a checkpoint from before the step, which was skipped, and samples.json with
+    """Write `run/nonfinite/step-NNNNNNNN/`: a checkpoint of the step, begun and then skipped, and samples.json with
     every rank's samples and loss. Called on every rank; None where MOST are there already, or this one is.
 
     Args:
@@ -34,7 +35,7 @@ def set_aside(task: Task, run: RunFolder, step: int, loss: Float[Tensor, ""], *,
     tensors, state = task.tensors(), whole_state(task, step, skipped)
     if distributed.is_main():
         told = json_bytes({"step": step, "ranks": ranks})
-        checkpoint.write(folder, step, tensors, metadata=task.metadata(), state=state, beside={"samples.json": told})
+        checkpoint.write(folder, step, tensors, metadata=task.metadata(), state=state, beside={SAMPLES: told})
     return folder
 
 
@@ -42,6 +43,7 @@ def again(task: Task, folder: Path) -> tuple[float, float]:
     """Loss of the whole batch and norm of its gradient in the step that `set_aside` wrote to `folder`, computed on this
     process alone; the norm is nan where it is not finite. `task` is new, and used up."""
     step, _ = take_back(task, folder)
+    task.begun = (folder / SAMPLES).is_file()  # a checkpoint of the run is from before its step
     task.open(step)
     with closing(task):
         task.read(step)

@@ -21,6 +21,9 @@ class Task:
     """Gradients of a greater norm are scaled down to it."""
     log_every = 1
     """Steps between two lines of metrics.jsonl; the last step always has one."""
+    begun = False
+    """Whether the step to come was begun before: what it updates ahead of its loss is not updated again. True for a
+    step that was written aside (`training/nonfinite.py`)."""
     shown: tuple[str, ...] = ("loss",)
     """The figures in the progress line."""
 

@@ -1,10 +1,11 @@
-"""AutoMAE (arXiv:2303.06583): a generator over class attention says which patches must be hidden, and learns it.
+"""AutoMAE (arXiv:2303.06583): a generator over class attention says which patches must be masked, and learns it.
 
 The attention of its frozen scorer is read from the shards. What the released code does and the paper leaves open is
 taken from the code (github.com/hyperea/automae).
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.mae import MAE, gather, patchify
-from pretrain.masking.batch import Masked, masked_by
 from pretrain.masking.budget import lowest
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.discriminator import CORNERS, Discriminator, rectangles
 from pretrain.masking.inputs import Inputs
 from pretrain.masking.learned import Learned
 from shards.rng import GUMBEL, RECTANGLE
-from training.distributed import average_gradients, mean_over_ranks
+from training.distributed import average_gradients, is_main, mean_over_ranks
 from training.update import update
 
 MASK_FACTOR = 0.5
 """What a selected patch has on top of its noise."""
 ADVERSARIAL = 0.2
-"""Weight of the discriminator's opinion beside the reconstruction."""
+"""Weight of what the discriminator says beside the reconstruction."""
 
 
 class Generator(nn.Module):
@@ -68,6 +68,7 @@ class AutoMAE(Learned):
         self.generator = Generator(heads)
         self.discriminator = Discriminator().requires_grad_(False).eval()
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=0.0, betas=(0.9, 0.95))
+        self.d_skipped = 0
         self._seen: dict[str, Tensor] = {}
         self._terms: list[Tensor] = []
         self._images = 0
@@ -81,26 +82,43 @@ class AutoMAE(Learned):
             noise = gumbel(inputs.uniform(GUMBEL, 2 * patches)[:, patches:])
             made = self._shown(self._logits(attention_shares(inputs)), noise).unflatten(1, inputs.shape)
         self.discriminator.requires_grad_(True).train()
-        update(self.optimizer, self._discriminator_losses(real, made), rate=rate)
+        _, norm = update(self.optimizer, self._discriminator_losses(real, made), rate=rate)
+        if not math.isfinite(norm):
+            self._tell_skipped()
         self.optimizer.zero_grad()
         self.discriminator.requires_grad_(False).eval()
         for name, maps in (("real_peak", real), ("fake_peak", made)):
             self._seen[name] = maps.flatten(1).amax(dim=1).mean()
 
+    def _tell_skipped(self) -> None:
+        """The discriminator's step was left out, on every rank; said once, and counted in the log."""
+        if not self.d_skipped and is_main():
+            print(
+                "the gradient of automae's discriminator is not finite, and its step is skipped; lower --base-lr or "
+                "--automae-gan-scale",
+                file=sys.stderr,
+            )
+        self.d_skipped += 1
+
     def _discriminator_losses(
         self, real: Float[Tensor, "batch rows cols"], made: Float[Tensor, "batch rows cols"]
     ) -> Iterator[Float[Tensor, ""]]:
-        on_real, on_made = self._judged(torch.cat([real, made])).chunk(2)
+        on_real, on_made = self._discriminated(torch.cat([real, made])).chunk(2)
         self._seen |= {"d_real": on_real.detach().mean(), "d_fake": on_made.detach().mean()}
         yield (on_real - 1).square().mean() + on_made.square().mean()
         average_gradients(self.discriminator.parameters())
 
     @torch.no_grad()
-    def masked(self, inputs: Inputs, progress: float) -> Masked:
-        """As many as stay visible are selected, or as many as are masked; `progress` changes nothing.
+    def scores(
+        self, inputs: Inputs, progress: float
+    ) -> tuple[
+        Float[Tensor, "batch kept"], tuple[Float[Tensor, "batch heads rows cols"], Float[Tensor, "batch patches"]]
+    ]:
+        """Minus w; and the attention and the Gumbel noise. As many patches as stay visible are selected, or as many as
+        are masked; `progress` changes nothing.
 
-        Of 196 patches a selected one is as good as always masked: in all but one of 60,000 images 49 of the 147 others
-        have less noise than 0.5.
+        Of 196 patches a selected one is masked, because 49 of the 147 others have less noise than 0.5; all but once in
+        30,000 images.
         """
         attention, noise = attention_shares(inputs), gumbel(inputs.uniform(GUMBEL, inputs.shape[0] * inputs.shape[1]))
         with _plain(inputs.device):
@@ -108,11 +126,10 @@ class AutoMAE(Learned):
         masked = inputs.masked
         count = masked if self.config.automae_select == "masked" else inputs.kept.shape[1] - masked
         selected = lowest(-inputs.of_kept(logits + noise), count)
-        chosen = masked_by(-(inputs.noise + MASK_FACTOR * selected), inputs, learned=(attention, noise))
-        placed = torch.zeros_like(logits).scatter(1, inputs.kept, selected.float())
-        self._seen["selected_masked"] = placed.gather(1, chosen.ids_masked).sum(dim=1).mean() / count
+        scores = -(inputs.noise + MASK_FACTOR * selected)
+        self._seen["selected_masked"] = (lowest(scores, masked) & selected).sum(dim=1).double().mean() / count
         self._images, self._terms = len(attention), []
-        return chosen
+        return scores, (attention, noise)
 
     def loss(
         self,
@@ -120,15 +137,15 @@ class AutoMAE(Learned):
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
         ids_predicted: Int64[Tensor, "batch predicted"],
-        *learned: Tensor,
+        *extra: Tensor,
     ) -> Float[Tensor, ""]:
-        """Of w, only 0.5 · p has a gradient, and p is needed at visible patches; `learned` is attention and noise."""
-        attention, noise = learned
+        """Of w, only 0.5 · p has a gradient, and p is needed at visible patches; `extra` is attention and noise."""
+        attention, noise = extra
         with _plain(images.device):
             logits = self._logits(attention)
             weights = MASK_FACTOR * (logits + noise).softmax(dim=1).gather(1, ids_visible)
-            opinion = self._judged(self._shown(logits, noise).unflatten(1, attention.shape[2:]))
-            adversarial = (opinion - 1).square().mean()
+            said = self._discriminated(self._shown(logits, noise).unflatten(1, attention.shape[2:]))
+            adversarial = (said - 1).square().mean()
         patches = patchify(images, mae.patch)
         latent = mae.encode(gather(patches, ids_visible), ids_visible, weights)
         predicted = mae.decode(mae.decoder_tokens(latent, ids_visible, ids_predicted), ids_predicted.shape[1])
@@ -145,20 +162,22 @@ class AutoMAE(Learned):
         """What the discriminator is shown of a mask."""
         return (logits + noise if self.config.automae_gan_input == "gumbel" else logits).softmax(dim=1)
 
-    def _judged(self, maps: Float[Tensor, "batch rows cols"]) -> Float[Tensor, " batch"]:
+    def _discriminated(self, maps: Float[Tensor, "batch rows cols"]) -> Float[Tensor, " batch"]:
         return self.discriminator(self.config.automae_gan_scale * maps)
 
     def figures(self) -> dict[str, float]:
-        """d_real, d_fake: what the discriminator said before its step; real_peak, fake_peak: the greatest share of a
-        patch in what it was shown; selected_masked: the share of the selected patches that is masked; entropy: of the
-        generator without noise, 1 = it prefers no patch; own_share: of the variance of its logits over an image, the
-        share that is not the same in every image; reconstruction, adversarial: the terms of the loss."""
+        """d_real, d_fake: what the discriminator said before its step; d_skipped: its steps left out by this process;
+        real_peak, fake_peak: the greatest share of a patch in what it was shown; selected_masked: the share of the
+        selected patches that is masked; entropy: of the generator without noise, 1 = it prefers no patch; own_share: of
+        the variance of its logits over an image, the share that is not the same in every image; reconstruction,
+        adversarial: the terms of the loss."""
         terms, logits = torch.stack(self._terms).sum(dim=0), self._last
         shown = self._seen | dict(zip(("reconstruction", "adversarial"), terms, strict=True))
         shown |= {"entropy": entropy(logits).mean(), "variance": logits.var(dim=1).mean()}
         told = dict(zip(shown, mean_over_ranks(torch.stack(list(shown.values()))).tolist(), strict=True))
         common = mean_over_ranks(logits.mean(dim=0)).var().item()
-        return told | {"own_share": 1 - common / max(told.pop("variance"), 1e-30)}
+        own_share = 1 - common / max(told.pop("variance"), 1e-30)
+        return told | {"own_share": own_share, "d_skipped": self.d_skipped}
 
     def own_state(self) -> dict[str, Any]:
         """The discriminator's optimizer."""

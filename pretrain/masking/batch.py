@@ -22,7 +22,7 @@ class Masked:
     ids_masked: Int64[Tensor, "batch masked"]
     ids_predicted: Int64[Tensor, "batch predicted"]
     """The masked ones that are rebuilt; all of them where --predicted does not say fewer."""
-    learned: tuple[Float[Tensor, "batch ..."], ...] = ()
+    extra: tuple[Float[Tensor, "batch ..."], ...] = ()
     """What a learned masking needs again for its own loss."""
 
     def to(self, device: torch.device) -> "Masked":
@@ -36,19 +36,19 @@ class Masked:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.images, self.ids_visible, self.ids_masked, self.ids_predicted, *self.learned
+        return self.images, self.ids_visible, self.ids_masked, self.ids_predicted, *self.extra
 
 
 def _made(tensors: Sequence[Tensor]) -> Masked:
-    images, visible, masked, predicted, *learned = tensors
-    return Masked(images, visible, masked, predicted, tuple(learned))
+    images, visible, masked, predicted, *extra = tensors
+    return Masked(images, visible, masked, predicted, tuple(extra))
 
 
-def masked_by(scores: Float[Tensor, "batch kept"], inputs: Inputs, learned: tuple[Tensor, ...] = ()) -> Masked:
+def masked_by(scores: Float[Tensor, "batch kept"], inputs: Inputs, extra: tuple[Tensor, ...] = ()) -> Masked:
     """The images of a batch with the M patches of the lowest scores masked."""
     mask = lowest(scores, inputs.masked)
     visible, masked = split(inputs, mask)
-    return Masked(torch.from_numpy(inputs.batch.images), visible, masked, predicted_of(masked, inputs), learned)
+    return Masked(torch.from_numpy(inputs.batch.images), visible, masked, predicted_of(masked, inputs), extra)
 
 
 def mask_batch(inputs: Inputs, progress: float) -> Masked:
@@ -64,9 +64,9 @@ def noise_for_vitmae(scores: Float[Tensor, "batch patches"]) -> Float32[Tensor, 
     """The mask of these scores as the `noise` of Hugging Face's ViTMAE, which shows the int(L (1 - r)) patches of the
     lowest noise: the same patches are visible there at the same mask_ratio.
 
-    Whole numbers, each once, because its sort leaves open which of equals comes first: the rank of -score, of equals
-    the last first, as `lowest` masks the first. In float32: half precisions would round them to equals. With a
-    --keep-share below 1 ViTMAE has no way to leave a patch out.
+    Whole numbers, each once, because its sort leaves open which of equals comes first: the rank of -score; of equals
+    the later patch has the lower noise, because `lowest` masks the earlier one. In float32: half precisions would round
+    them to equals. With a --keep-share below 1 ViTMAE has no way to leave a patch out.
 
         vit_mae(pixel_values, noise=noise_for_vitmae(STRATEGIES["semmae"](inputs, progress)))
     """

@@ -1,4 +1,4 @@
-"""AutoMAE's judge of masks (arXiv:2303.06583): rectangles are real, what its generator makes is not."""
+"""AutoMAE's discriminator of masks (arXiv:2303.06583): rectangles are real, what its generator makes is not."""
 
 import torch
 from jaxtyping import Float, Float64

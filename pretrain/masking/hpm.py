@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pretrain.config import PretrainConfig
 from pretrain.mae import MAE, gather, patchify
-from pretrain.masking.batch import Masked, masked_by
 from pretrain.masking.budget import lowest
 from pretrain.masking.inputs import Inputs
 from pretrain.masking.learned import Learned
@@ -71,17 +70,18 @@ class HardPatches(Learned):
         self.teacher = _without_pixels(copy.deepcopy(mae)).requires_grad_(False)
         self.teacher_predictor = copy.deepcopy(self.predictor).requires_grad_(False)
         self.figures_of_step: dict[str, float] = {}
-        self.learned, self.images = torch.zeros(4), 1
+        self.terms, self.images = torch.zeros(4), 1
 
-    def masked(self, inputs: Inputs, progress: float) -> Masked:
-        """Noise, less 1 where the highest losses are predicted."""
+    def scores(
+        self, inputs: Inputs, progress: float
+    ) -> tuple[Float[Tensor, "batch kept"], tuple[Float[Tensor, "batch patches"]]]:
+        """Noise, less 1 where the highest losses are predicted; and the predicted losses, 0 where no patch is kept."""
         predicted = self.predicted_losses(torch.from_numpy(inputs.batch.images), inputs.kept)
         hard = hard_count(inputs.masked, progress, self.config.hard_share)
-        scores = hard_scores(inputs.noise, predicted, hard)
         everywhere = predicted.new_zeros(len(predicted), inputs.shape[0] * inputs.shape[1])
         self.figures_of_step = {"hard": hard / inputs.masked}
-        self.learned, self.images = predicted.new_zeros(4), len(predicted)
-        return masked_by(scores, inputs, (everywhere.scatter_(1, inputs.kept, predicted),))
+        self.terms, self.images = predicted.new_zeros(4), len(predicted)
+        return hard_scores(inputs.noise, predicted, hard), (everywhere.scatter_(1, inputs.kept, predicted),)
 
     @torch.no_grad()
     def predicted_losses(
@@ -102,7 +102,7 @@ class HardPatches(Learned):
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
         ids_predicted: Int64[Tensor, "batch predicted"],
-        *learned: Tensor,
+        *extra: Tensor,
     ) -> Float[Tensor, ""]:
         """The pixels' loss and that of the order, with the same weight."""
         patches, count = patchify(images, mae.patch), ids_predicted.shape[1]
@@ -111,10 +111,10 @@ class HardPatches(Learned):
         target = mae.targets(patches, ids_predicted)
         losses = (mae.decode(tokens, count).float() - target).square().mean(dim=-1)
         guessed, true = self.predictor(tokens)[:, -count:], losses.detach()
-        by_teacher = learned[0].gather(1, ids_predicted)
+        by_teacher = extra[0].gather(1, ids_predicted)
         order = order_loss(guessed, true)
         seen = torch.stack([true.mean(), order.detach(), tau(guessed.detach(), true), tau(by_teacher, true)])
-        self.learned = self.learned + seen * (len(images) / self.images)
+        self.terms = self.terms + seen * (len(images) / self.images)
         return losses.mean() + order
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class HardPatches(Learned):
     def figures(self) -> dict[str, float]:
         """Share of the masked patches that are hard ones; the two terms of the loss; tau of predictor and teacher."""
         names = ("reconstruction", "order_loss", "predictor_tau", "teacher_tau")
-        return self.figures_of_step | dict(zip(names, distributed.mean_over_ranks(self.learned).tolist(), strict=True))
+        return self.figures_of_step | dict(zip(names, distributed.mean_over_ranks(self.terms).tolist(), strict=True))
 
 
 def decay_at(epoch: float) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ from watch import watching
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.strategies import STRATEGIES
 from pretrain.objective import LEARNED, Objective
-from pretrain.train import pretrain
+from pretrain.replay import replay
+from pretrain.train import Pretraining, opened_shards, pretrain
 from training import checkpoint
 from training.metrics import read_metrics
+from training.nonfinite import set_aside
+from training.run_folder import opened
+from training.saving import take_back
 
 MASKINGS = sorted({*STRATEGIES, *LEARNED})
 TINY = {
@@ -78,6 +83,23 @@ def test_four_micro_batches_change_nothing_but_rounding(masking, data, straight,
     assert_near(weights(straight(masking)), weights(tmp_path))
     losses = [[line["loss"] for line in read_metrics(run)] for run in (straight(masking), tmp_path)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("masking", ["semmae", *sorted(LEARNED)])
+def test_a_step_that_is_written_aside_is_computed_again_as_it_was(masking, data, tmp_path):
+    """What a masking updates ahead of the step is in what is written, and is not updated again."""
+    settings = config(data, tmp_path, masking)
+    pretrain(settings, stop_after_steps=2)
+    with opened(settings) as run, opened_shards(settings) as shards:
+        task = Pretraining(settings, shards)
+        take_back(task, checkpoint.newest(tmp_path))
+        task.open(2)
+        with closing(task):
+            task.read(2)
+            loss = sum(task.losses(2))
+            aside = set_aside(task, run, 2, loss, skipped=0)
+
+    assert replay(aside)[0] == loss.item()
 
 
 def test_two_ranks_equal_one_on_the_joined_batch_with_every_masking(data, straight, tmp_path):

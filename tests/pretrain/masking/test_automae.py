@@ -234,7 +234,7 @@ def test_the_generator_learns_from_visible_patches_alone():
     inputs = inputs_of("automae", images=3, shape=(4, 4))
     masking, mae = masking_for(inputs), tiny_mae()
     masks = masking.masked(inputs, 0.5)
-    attention, noise = masks.learned
+    attention, noise = masks.extra
     noise.requires_grad_()
 
     loss = masking.loss(mae, torch.rand(3, 3, 32, 32), masks.ids_visible, masks.ids_predicted, attention, noise)
@@ -259,12 +259,12 @@ def test_what_reconstruction_teaches_the_generator_is_the_papers():
     state = {name: one.detach().double() for name, one in Objective(mae, masking).named_parameters()}
     leaves = {name: state[name].requires_grad_() for name in ours}
 
-    loss = masking.loss(mae, images, masks.ids_visible, masks.ids_predicted, *masks.learned)
+    loss = masking.loss(mae, images, masks.ids_visible, masks.ids_predicted, *masks.extra)
     found = torch.autograd.grad(loss, list(ours.values()))
 
     losses = []
     for row in range(2):
-        attention, noise = (one[row].double() for one in masks.learned)
+        attention, noise = (one[row].double() for one in masks.extra)
         factors = dict(enumerate(0.5 * twin.probabilities(twin.logits(state, attention), noise)))
         ids = masks.ids_visible[row].tolist(), masks.ids_masked[row].tolist()
         losses.append(twin.reconstruction(state, config(Path(), Path()), images[row].double(), *ids, factors))
@@ -280,10 +280,10 @@ def test_in_the_joint_step_neither_the_attention_nor_the_discriminator_learns():
     before = {name: one.clone() for name, one in masking.discriminator.state_dict().items()}
     masks = masking.masked(inputs, 0.5)
 
-    loss = masking.loss(mae, torch.rand(3, 3, 32, 32), masks.ids_visible, masks.ids_predicted, *masks.learned)
+    loss = masking.loss(mae, torch.rand(3, 3, 32, 32), masks.ids_visible, masks.ids_predicted, *masks.extra)
     loss.backward()
 
-    assert not any(one.requires_grad for one in masks.learned)
+    assert not any(one.requires_grad for one in masks.extra)
     for weight in masking.discriminator.parameters():
         assert weight.grad is None
         assert not weight.requires_grad
@@ -326,7 +326,7 @@ def test_in_bf16_both_networks_compute_as_in_fp32():
     with watching(Generator) as made, watching(Discriminator) as judged:
         for precise in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
-                masking.loss(mae, images, masks.ids_visible, masks.ids_predicted, *masks.learned)
+                masking.loss(mae, images, masks.ids_visible, masks.ids_predicted, *masks.extra)
 
     for outputs in (made.outputs, judged.outputs):
         assert torch.equal(*outputs)
@@ -353,7 +353,7 @@ def test_the_mends_take_the_peak_away_and_let_the_discriminator_reach_its_target
             later = dataclasses.replace(inputs.batch, epochs=inputs.batch.epochs + epoch)
             masking.begin(dataclasses.replace(inputs, batch=later), 2.4e-3)
         masks = masking.masked(inputs, 0.5)
-        masking.loss(tiny_mae(112), torch.rand(8, 3, 112, 112), masks.ids_visible, masks.ids_predicted, *masks.learned)
+        masking.loss(tiny_mae(112), torch.rand(8, 3, 112, 112), masks.ids_visible, masks.ids_predicted, *masks.extra)
         figures.append(masking.figures())
 
     before, after = figures
@@ -423,3 +423,16 @@ def test_a_set_without_attention_is_refused_with_the_command_that_makes_it(make_
 def test_a_scale_of_nothing_is_a_sentence(field):
     with pytest.raises(ValueError, match=field):
         config(Path(), Path(), **{field: 0.0})
+
+
+def test_a_step_of_the_discriminator_that_is_not_finite_is_left_out_told_once_and_counted(capfd):
+    inputs = inputs_of("automae", images=4, shape=(4, 4), automae_gan_scale=1e38)
+    masking = masking_for(inputs)
+    before = [weight.clone() for weight in masking.discriminator.parameters()]
+
+    for _ in range(2):
+        masking.begin(inputs, 0.1)
+
+    assert all(map(torch.equal, before, masking.discriminator.parameters()))
+    assert masking.d_skipped == 2
+    assert capfd.readouterr().err.count("the gradient of automae's discriminator is not finite") == 1

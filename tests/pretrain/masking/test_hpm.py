@@ -63,7 +63,7 @@ def test_the_teachers_hardest_patches_are_masked_and_others_at_random(progress, 
         guessed = twin.guesses(predictor, inputs.config, mae_step.tokens(teacher, inputs.config, pixels, kept, []))
         places = twin.mask([one.item() for one in guessed], inputs.noise[row].tolist(), inputs.masked, progress, 0.8)
         assert set(masked.ids_masked[row].tolist()) == {kept[place] for place in places}
-        assert masked.learned[0][row, kept].tolist() == pytest.approx([one.item() for one in guessed], abs=1e-5)
+        assert masked.extra[0][row, kept].tolist() == pytest.approx([one.item() for one in guessed], abs=1e-5)
     assert masking.figures()["hard"] == int(inputs.masked * progress * 0.8) / inputs.masked
 
 
@@ -74,7 +74,7 @@ def test_the_loss_and_where_its_gradient_goes_are_the_papers(norm_pix_loss):
     masked = masking.masked(inputs, 0.5)
     pixels = normalised(unit(masked.images))
 
-    loss = masking.loss(mae, pixels, masked.ids_visible, masked.ids_predicted, *masked.learned)
+    loss = masking.loss(mae, pixels, masked.ids_visible, masked.ids_predicted, *masked.extra)
     loss.backward()
     pixels_alone = mae(pixels, masked.ids_visible, masked.ids_predicted)
 

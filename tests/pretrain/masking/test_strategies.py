@@ -7,13 +7,13 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import rival_masks
-from some_inputs import inputs_of
+from some_inputs import MASKINGS, inputs_of, of, scores_of
 
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.masking.batch import mask_batch
+from pretrain.masking.batch import mask_batch, masked_by
 from pretrain.masking.color_noise import band
 from pretrain.masking.config import BELONGS, MaskingConfig
 from pretrain.masking.inputs import Inputs
@@ -33,10 +33,11 @@ def rows_of(inputs: Inputs, rows: slice) -> Inputs:
 
 
 def masked_sets(inputs: Inputs, progress: float = 0.5) -> list[set[int]]:
-    return [set(row) for row in mask_batch(inputs, progress).ids_masked.tolist()]
+    return [set(row) for row in masked_by(scores_of(inputs, progress), inputs).ids_masked.tolist()]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", MASKINGS)
+@settings(max_examples=40)
 @given(
     shape=shapes,
     groups=st.integers(1, 8),
@@ -48,14 +49,15 @@ def masked_sets(inputs: Inputs, progress: float = 0.5) -> list[set[int]]:
 def test_every_masking_masks_its_budget_of_the_kept_patches_whatever_it_is_shown(
     name, shape, groups, ratio, share, progress, seed
 ):
-    inputs = inputs_of(
+    inputs = of(
         name, images=2, shape=shape, cells=(28, 28), groups=groups, seed=seed, mask_ratio=ratio, keep_share=share
     )
     kept = inputs.kept.shape[1]
 
-    masked = mask_batch(inputs, progress)
+    scores = scores_of(inputs, progress)
+    masked = masked_by(scores, inputs)
 
-    assert STRATEGIES[name](inputs, progress).isfinite().all()
+    assert scores.isfinite().all()
     assert masked.ids_visible.shape == (2, int(kept * (1 - ratio)))
     assert masked.ids_masked.shape == (2, kept - int(kept * (1 - ratio)))
     for row in range(2):
@@ -64,23 +66,23 @@ def test_every_masking_masks_its_budget_of_the_kept_patches_whatever_it_is_shown
         assert (visible, hidden) == (sorted(visible), sorted(hidden))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", MASKINGS)
 @pytest.mark.parametrize("shape", [(7, 7), (7, 14)])
 def test_a_mask_is_the_same_alone_and_in_any_batch_on_any_number_of_ranks(name, shape):
-    inputs = inputs_of(name, images=6, shape=shape)
+    inputs = of(name, images=6, shape=shape)
 
-    together = mask_batch(inputs, 0.3)
+    together = masked_sets(inputs, 0.7)
 
     for row in range(6):
-        alone = mask_batch(rows_of(inputs, slice(row, row + 1)), 0.3)
-        assert torch.equal(alone.ids_masked[0], together.ids_masked[row])
+        assert masked_sets(rows_of(inputs, slice(row, row + 1)), 0.7) == [together[row]]
 
 
-@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"attmask-high", "attmask-low"}))
+@pytest.mark.parametrize("name", sorted(set(MASKINGS) - {"attmask-high", "attmask-low"}))
 def test_every_image_epoch_and_seed_has_draws_of_its_own(name):
-    alike = inputs_of(name, images=2)
-    for cells in (alike.batch.parts, alike.batch.fgrank, alike.batch.attn, alike.batch.attn_peak):
-        cells[1] = cells[0]
+    alike = of(name, images=2)
+    for stored in ("images", "parts", "fgrank", "attn", "attn_peak"):
+        of_image = getattr(alike.batch, stored)
+        of_image[1] = of_image[0]
     another = dataclasses.replace(alike, seed=1)
     later = dataclasses.replace(alike, batch=dataclasses.replace(alike.batch, epochs=alike.batch.epochs + 1))
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from some_inputs import inputs_of
+from some_inputs import MASKINGS, inputs_of, of, scores_of
 from torch import Tensor
 
 from pretrain.masking.batch import masked_by, noise_for_vitmae
-from pretrain.masking.strategies import STRATEGIES
 
 
 def shown_by_vitmae(noise: Tensor, mask_ratio: float) -> list[set[int]]:
@@ -20,12 +19,12 @@ def shown_by_vitmae(noise: Tensor, mask_ratio: float) -> list[set[int]]:
     return [set(row[: int(length * (1 - mask_ratio))]) for row in noise.argsort(dim=1).tolist()]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", MASKINGS)
 @settings(max_examples=15)
 @given(ratio=st.sampled_from([0.4, 0.6, 0.75, 0.9]), progress=st.floats(0, 1), seed=st.integers(0, 9))
 def test_vitmae_shows_the_patches_that_we_show(name, ratio, progress, seed):
-    inputs = inputs_of(name, images=3, shape=(7, 7), seed=seed, mask_ratio=ratio)
-    scores = STRATEGIES[name](inputs, progress)
+    inputs = of(name, images=3, shape=(7, 7), seed=seed, mask_ratio=ratio)
+    scores = scores_of(inputs, progress)
 
     noise = noise_for_vitmae(scores)
 
