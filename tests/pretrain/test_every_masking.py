@@ -26,7 +26,7 @@ from training.saving import take_back
 MASKINGS = sorted({*STRATEGIES, *LEARNED})
 TINY = {
     "patch": 8, "embed_dim": 32, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
-    "epochs": 2, "warmup_epochs": 0, "batch_size": 12, "base_lr": 1e-2,
+    "epochs": 2, "warmup_epochs": 0, "batch_size": 16, "base_lr": 1e-2,
 }  # fmt: skip
 STEPS = 3
 FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
@@ -35,7 +35,7 @@ FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
 
 
 def config(data: Path, out: Path, masking: str, **changes) -> PretrainConfig:
-    run = StreamRun(out=out, device="cpu", precision="fp32", micro_batch=changes.pop("micro_batch", None))
+    run = StreamRun(out=out, device="cpu", precision="fp32")
     return PretrainConfig(data=str(data), masking=masking, run=run, **TINY | changes)
 
 
@@ -66,7 +66,7 @@ def straight(data, tmp_path_factory):
 def test_stopping_mid_epoch_and_resuming_gives_the_same_weights_and_losses_bit_for_bit(
     masking, data, straight, tmp_path
 ):
-    for stop in (1, 2, STEPS):
+    for stop in (2, STEPS):
         pretrain(config(data, tmp_path, masking), stop_after_steps=stop)
 
     one, other = weights(straight(masking)), weights(tmp_path)
@@ -74,15 +74,6 @@ def test_stopping_mid_epoch_and_resuming_gives_the_same_weights_and_losses_bit_f
     assert all(torch.equal(one[name], other[name]) for name in one)
     logged = [[line["loss"] for line in read_metrics(run)] for run in (straight(masking), tmp_path)]
     assert logged[0] == logged[1]
-
-
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_four_micro_batches_change_nothing_but_rounding(masking, data, straight, tmp_path):
-    pretrain(config(data, tmp_path, masking, micro_batch=3), stop_after_steps=STEPS)
-
-    assert_near(weights(straight(masking)), weights(tmp_path))
-    losses = [[line["loss"] for line in read_metrics(run)] for run in (straight(masking), tmp_path)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("masking", ["semmae", *sorted(LEARNED)])
@@ -102,7 +93,7 @@ def test_a_step_that_is_written_aside_is_computed_again_as_it_was(masking, data,
     assert replay(aside)[0] == loss.item()
 
 
-def test_two_ranks_equal_one_on_the_joined_batch_with_every_masking(data, straight, tmp_path):
+def test_two_ranks_of_four_micro_batches_equal_one_with_every_masking(data, straight, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import torch.distributed\nfrom pathlib import Path\nfrom pretrain.config import PretrainConfig, StreamRun\n"
@@ -110,7 +101,7 @@ def test_two_ranks_equal_one_on_the_joined_batch_with_every_masking(data, straig
         "torch.distributed.init_process_group('gloo')  # once: a group that was left cannot be joined again\n"
         f"for masking in {MASKINGS!r}:\n"
         f"    out = Path({str(tmp_path)!r}) / masking\n"
-        "    run = StreamRun(out=out, device='cpu', precision='fp32', micro_batch=4)\n"
+        "    run = StreamRun(out=out, device='cpu', precision='fp32', micro_batch=2)\n"
         f"    config = PretrainConfig(data={str(data)!r}, masking=masking, run=run, **{TINY!r})\n"
         f"    pretrain(config, stop_after_steps={STEPS})\n"
     )
@@ -135,12 +126,12 @@ def assert_near(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
         difference = (one[name] - two[name]).abs()
         if name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam blows up to a whole step
             difference = difference.unflatten(0, (3, -1))[[0, 2]]
-        assert difference.max().item() < 3e-6, name
+        assert difference.max().item() < 1e-5, name  # a sixtieth of a step
 
 
 def first_losses(masking: str, data: Path, out: Path) -> list[float]:
     with watching(Objective) as watched:
-        pretrain(config(data, out, masking, epochs=6))
+        pretrain(config(data, out, masking, epochs=8))
     return [loss.item() for loss in watched.outputs]
 
 
