@@ -77,12 +77,12 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
             step += 1
             progress.advance(**{name: figures[name] for name in (*task.shown, "waiting") if name in figures})
             due, stop = distributed.on_any_rank(distributed.is_main() and clock.due(), bool(signals))
+            if task.stays(step):
+                task.show(step)  # before it is kept: a kill between the two has both again
             if due or task.stays(step):
                 save(task, run, step, skipped=skipped)
-            if task.stays(step) and step < total:
-                task.show(step)
         save(task, run, step, skipped=skipped)
-        if step == total:
+        if step == total and not task.stays(step):
             task.show(step)
     report = {"steps": step, **task.report(step), **figures, "skipped": skipped}
     for name in ("images_per_second", "waiting"):

@@ -190,6 +190,46 @@ def test_checkpoints_that_stay_are_written_at_their_step_and_shown(tmp_path):
     assert [task.shown_at for task in tasks] == [[4, 20], [STEPS]]
 
 
+class Drawn(Toy):
+    """Writes a picture where it is shown."""
+
+    def __init__(self, pictures: Path):
+        super().__init__(stays=(4, 20, STEPS))
+        self.pictures = pictures
+
+    def show(self, step: int) -> None:
+        self.pictures.mkdir(exist_ok=True)
+        (self.pictures / f"step-{step:08d}").touch()
+
+
+def killed_once_its_checkpoint_is_kept(out: Path, step: int) -> None:
+    """In a process of its own, which dies as soon as that checkpoint is in its place."""
+    replace = os.replace
+
+    def last(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == f"step-{step:08d}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = last
+    run(out, Drawn(out / "pictures"))
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_kill_after_a_kept_checkpoint_loses_no_picture(step, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=killed_once_its_checkpoint_is_kept, args=(tmp_path, step))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoint.newest(tmp_path) == tmp_path / f"checkpoints/step-{step:08d}"
+
+    run(tmp_path, Drawn(tmp_path / "pictures"))
+
+    kept, drawn = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("checkpoints", "pictures"))
+    assert kept == drawn == [f"step-{step:08d}" for step in (4, 20, STEPS)]
+
+
 class Slow(Toy):
     """Waits for a batch three times as long as it computes, and measures something in two steps."""
 
