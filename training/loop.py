@@ -72,10 +72,11 @@ def train(task: Task, run: RunFolder, config: RunConfig, *, total: int, stop_aft
                 loss, waiting = distributed.mean_over_ranks(torch.stack([loss, loss.new_tensor(waiting)])).tolist()
                 shown = {"loss": loss, "lr": rate, "grad_norm": norm} | task.figures(step)
                 finite = {name: value for name, value in shown.items() if math.isfinite(value)}
-                figures |= finite | {"waiting": waiting}
+                figures |= finite | {"images_per_second": speed, "waiting": waiting}
                 metrics.log(step, **finite, skipped=skipped, images_per_second=speed, waiting=waiting)
             step += 1
-            progress.advance(**{name: figures[name] for name in (*task.shown, "waiting") if name in figures})
+            names = {name: name for name in task.shown} | {"images_per_second": "images/s", "waiting": "waiting"}
+            progress.advance(**{short: figures[name] for name, short in names.items() if name in figures})
             due, stop = distributed.on_any_rank(distributed.is_main() and clock.due(), bool(signals))
             if task.stays(step):
                 task.show(step)  # before it is kept: a kill between the two has both again

@@ -42,7 +42,7 @@ class Progress:
         elapsed = now - self._began
         rate = (self.done - self._first) / elapsed
         left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        figures = "".join(f"  {name} {value:.4g}" for name, value in shown.items())
+        figures = "".join(f"  {name} {value:{'.4g' if value < 1000 else ',.0f'}}" for name, value in shown.items())
         speed = f"{rate:.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
         line = (
             f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {speed}, {duration(elapsed)} so far{left}{figures}"

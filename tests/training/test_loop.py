@@ -256,6 +256,16 @@ def test_the_share_of_time_waiting_for_data_is_logged_and_no_step_that_measures_
     assert "waiting" not in report
 
 
+def test_the_progress_line_says_images_a_second_beside_the_share_of_waiting(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("training.progress.LOG_S", -10)  # a line a step
+
+    run(tmp_path, Slow(), stop=3)
+
+    lines, logged = capfd.readouterr().err.splitlines(), read_metrics(tmp_path)
+    for line, now in zip(lines[:3], [logged[0], logged[0], logged[1]], strict=True):
+        assert f"  images/s {now['images_per_second']:.4g}  waiting {now['waiting']:.4g}" in line
+
+
 def test_too_many_in_a_row_end_the_run_with_its_last_checkpoint_whole(tmp_path):
     run(tmp_path, Toy(), stop=5)
     task = Toy(lambda step: math.inf)

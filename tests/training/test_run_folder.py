@@ -319,5 +319,14 @@ def test_progress_of_nothing_is_silent(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_figures_of_a_thousand_and_more_are_said_in_whole_numbers(capsys):
+    progress = Progress(9, "parts", "steps")
+    progress._began, progress._printed = progress._began - 10, 0
+
+    progress.advance(loss=0.123456, speed=16384.4)
+
+    assert capsys.readouterr().err.endswith("left  loss 0.1235  speed 16,384\n")
+
+
 def test_times_are_said_as_people_say_them():
     assert [duration(s) for s in (4.2, 190, 7500)] == ["4 s", "3 min 10 s", "2 h 05 min"]
