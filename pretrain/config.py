@@ -23,7 +23,9 @@ class StreamRun(RunConfig):
     fits half of a GPU's memory; elsewhere the whole batch."""
     keep_every: int = 0
     """Epochs between checkpoints that are never removed, each with a sheet of masks and reconstructions in pictures/;
-    0 = only the last two stay."""
+    0 = only the newest are kept."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept. With 1, a torn one leaves none to go on from."""
     knn: str | None = None
     """Folder of class folders. Its k-NN accuracy (leave-one-out, at most 2,000 images) is logged as `knn`."""
     knn_every: int = 10
@@ -35,6 +37,8 @@ class StreamRun(RunConfig):
             raise ValueError(f"cache_gb must be above 0, got {self.cache_gb}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
         if self.keep_every < 0 or self.knn_every < 1:
             raise ValueError(
                 f"keep_every must not be negative and knn_every at least 1, got {self.keep_every} and {self.knn_every}"

@@ -100,6 +100,7 @@ class Pretraining(Task):
         _refuse_what_does_not_fit(config, shards)
         self.config, self.shards = config, shards
         self.name, self.batch_size = f"pretrain {config.masking}", config.batch_size
+        self.keep_last = config.run.keep_last
         self.total = self._steps_of(config.epochs)
         self.warmup_steps = round(config.warmup_epochs * len(shards) / config.batch_size)
         warn_of_a_long_warmup(self.warmup_steps, self.total)

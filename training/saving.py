@@ -25,7 +25,9 @@ def save(task: Task, run: RunFolder, step: int, *, skipped: int = 0) -> None:
         )
     state, stays = whole_state(task, step, skipped), task.stays(step)
     if distributed.is_main():
-        checkpoint.save(run.path, step, tensors, metadata=task.metadata(), state=state, stays=stays)
+        checkpoint.save(
+            run.path, step, tensors, metadata=task.metadata(), state=state, keep=task.keep_last, stays=stays
+        )
 
 
 def whole_state(task: Task, step: int, skipped: int) -> dict[str, Any]:

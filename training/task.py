@@ -24,6 +24,8 @@ class Task:
     begun = False
     """Whether the step to come was begun before: what it updates ahead of its loss is not updated again. True for a
     step that was written aside (`training/nonfinite.py`)."""
+    keep_last = 2
+    """Newest checkpoints that are kept, beside those that stay."""
     shown: tuple[str, ...] = ("loss",)
     """The figures in the progress line."""
 

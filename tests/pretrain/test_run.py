@@ -99,6 +99,19 @@ def test_a_checkpoint_an_epoch_stays_with_its_pictures(runs):
     assert [path.stem for path in (runs / "alone/pictures").iterdir()] == ["step-00000007"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_so_many_of_the_newest_checkpoints_are_kept_as_the_run_is_told(keep, runs, tmp_path):
+    pretrain(config(runs / "shards", tmp_path, run={"keep_last": keep, "checkpoint_minutes": 0}), stop_after_steps=4)
+
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (1, 2, 3, 4)][-keep:]
+
+
+def test_a_run_that_would_keep_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        config(tmp_path, tmp_path, run={"keep_last": 0})
+
+
 def middles(sheet: Image.Image, column: str, row: int) -> list[tuple[int, ...]]:
     """The middle pixel of each of the 4 x 4 patches of a tile."""
     left, top = GAP + (CELL + GAP) * COLUMNS.index(column), HEADER + (CELL + GAP) * row

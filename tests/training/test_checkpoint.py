@@ -10,9 +10,9 @@ from training.checkpoint import CheckpointError
 from training.damage import DIGESTS, MODEL, STATE
 
 
-def save(run: Path, step: int, *, stays: bool = False) -> Path:
+def save(run: Path, step: int, *, keep: int = 2, stays: bool = False) -> Path:
     tensors = {"weight": torch.full((64,), float(step))}
-    return checkpoint.save(run, step, tensors, metadata={"vit": {}}, state={"seed": step}, stays=stays)
+    return checkpoint.save(run, step, tensors, metadata={"vit": {}}, state={"seed": step}, keep=keep, stays=stays)
 
 
 def names(run: Path) -> list[str]:
@@ -102,8 +102,9 @@ def test_a_torn_newer_one_does_not_count_as_one_of_the_last_two(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000009"]
 
 
-def test_the_last_two_are_kept_and_those_that_stay(tmp_path):
+@pytest.mark.parametrize(("keep", "kept"), [(1, (2, 4, 7)), (2, (2, 4, 6, 7)), (3, (2, 4, 5, 6, 7))])
+def test_the_newest_are_kept_and_those_that_stay(keep, kept, tmp_path):
     for step in range(1, 8):
-        save(tmp_path, step, stays=step in (2, 4, 7))
+        save(tmp_path, step, keep=keep, stays=step in (2, 4, 7))
 
-    assert names(tmp_path) == [f"step-{step:08d}" for step in (2, 4, 6, 7)]
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
