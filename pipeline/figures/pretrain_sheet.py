@@ -1,17 +1,18 @@
 """One image that shows the whole method: images, parts, foreground, masks as training goes on, reconstructions."""
 
-import dataclasses
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pretrain.config import config_of
+from pipeline.figures.samples import pick
+from pretrain.config import PretrainConfig, config_of
 from pretrain.masking.batch import mask_batch
+from pretrain.masking.config import BELONGS, MaskingConfig
 from pretrain.pictures import rebuilt, with_holes
 from pretrain.train import build, inputs_of
 from shards.atomic import write_whole
-from shards.batches import STORED, Batch, Reader
-from shards.order import permutation
 from shards.shard_set import ShardSet
 from training.checkpoint import find, load_tensors
 from training.contact_sheet import ROWS, brightness, enlarged, png_of, tinted
@@ -21,9 +22,10 @@ COLUMNS = ("image", "parts", "foreground", "mask at 0 %", "at 50 %", "at 100 %",
 
 def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     """Write the sheet of a pretraining run to `path` (PNG), on images of `shards` drawn by `seed`."""
-    config, batch = dataclasses.replace(config_of(run), masking="semmae"), _pick(shards, seed)
+    config, batch = _as_semmae(config_of(run)), pick(shards, ROWS, seed=seed)
     model = build(config, shards.size).eval()
-    model.load_state_dict(load_tensors(find(run))[0])
+    tensors, _ = load_tensors(find(run))
+    model.load_state_dict({name: one for name, one in tensors.items() if not name.startswith("masking.")})
     masks = [mask_batch(inputs_of(batch, config, shards), progress) for progress in (0.0, 0.5, 1.0)]
     images = batch.images.astype(np.float32)
     columns = [
@@ -38,9 +40,9 @@ def draw_sheet(path: Path, *, shards: ShardSet, run: Path, seed: int) -> Path:
     return path
 
 
-def _pick(shards: ShardSet, seed: int) -> Batch:
-    """The first ROWS samples of the seed's order."""
-    wanted = np.sort(permutation(len(shards), seed=seed, epoch=0)[:ROWS])
-    place = (wanted, np.zeros_like(wanted), 0)
-    (batch,) = Reader(shards, STORED, attention=False, substitutes=0).decoded([place], threads=1, prefetch=0)
-    return batch
+def _as_semmae(config: PretrainConfig) -> PretrainConfig:
+    """The same model, shares and images, masked by parts; settings that belong to other maskings have no say."""
+    idle: dict[str, Any] = {
+        one.name: one.default for one in fields(MaskingConfig) if "semmae" not in BELONGS.get(one.name, ("semmae",))
+    }
+    return replace(config, **idle | {"masking": "semmae"})

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from reference import mae_step
 
-from pipeline.figures.pretrain_sheet import COLUMNS, _pick, draw_sheet
+from pipeline.figures.pretrain_sheet import COLUMNS, draw_sheet
+from pipeline.figures.samples import pick
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.pictures import HIDDEN
 from pretrain.train import pretrain
@@ -25,7 +26,7 @@ def test_the_samples_shown_are_the_first_of_the_seeds_order(make_shards):
     shards = make_shards(count=40)
     (whole,) = in_order(shards, batch_size=40)
 
-    shown = _pick(shards, seed=3)
+    shown = pick(shards, ROWS, seed=3)
 
     wanted = sorted(permutation(40, seed=3, epoch=0)[:ROWS].tolist())
     assert shown.indices.tolist() == wanted
@@ -88,3 +89,18 @@ def test_each_column_shows_the_images_their_masks_of_that_progress_and_what_was_
                 again = patches(sheet, COLUMNS.index(rebuilt), row)
                 for patch in visible:
                     assert max(abs(a - b) for a, b in zip(again[patch], image[patch], strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("masking", "settings"), [("hpm", {"hard_share": 1.0}), ("automae", {}), ("color-noise", {"noise_color": "red"})]
+)
+def test_a_run_of_another_masking_is_shown_as_one_of_parts_would_be(masking, settings, make_shards, tmp_path):
+    """Without a step their weights are the same, and so is all that is shown of them."""
+    shards, sheets = make_shards(heads=2), []
+    for name, changes in (("semmae", {}), (masking, settings)):
+        run = StreamRun(out=tmp_path / name, device="cpu", precision="fp32")
+        asked = {"masking": name, "mask_ratio": 0.5, "keep_share": 0.75, "epochs": 0, **MODEL, **changes}
+        pretrain(PretrainConfig(data=str(shards.path), run=run, **asked))
+        sheets.append(draw_sheet(tmp_path / f"{name}.png", shards=shards, run=run.out, seed=0))
+
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
