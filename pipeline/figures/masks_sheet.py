@@ -3,20 +3,20 @@
 python -m pipeline.figures.masks_sheet masks.png runs/random runs/semmae runs/hpm
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pipeline.figures.samples import pick
 from pretrain.config import config_of
 from pretrain.masking.batch import Masked, mask_batch
 from pretrain.pictures import with_holes
-from pretrain.train import Pretraining, inputs_of
+from pretrain.train import Pretraining, inputs_of, opened_shards
 from shards.atomic import write_whole
-from shards.batches import STORED, Batch, Reader
-from shards.order import permutation
-from shards.shard_set import ShardSet
+from shards.batches import Batch
 from training.checkpoint import find, load_tensors
 from training.contact_sheet import png_of, tinted
 
@@ -34,9 +34,10 @@ def draw_masks(path: Path, runs: list[Path], *, seed: int = 0) -> Path:
     names, columns, fingerprints = ["image", "parts"], [], set()
     for run in runs:
         config = config_of(run)
-        with ShardSet.open(config.data, labels=config.labels) as shards:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, knn=None))
+        with opened_shards(config) as shards:
             fingerprints.add(shards.fingerprint)
-            batch = _pick(shards, seed)
+            batch = pick(shards, IMAGES, seed=seed)
             images = np.repeat(batch.images.astype(np.float32), len(PROGRESS), axis=0)
             if not columns:
                 columns = [images, tinted(images, np.repeat(batch.parts, len(PROGRESS), axis=0), 1 + shards.num_parts)]
@@ -55,15 +56,6 @@ def _masked(task: Pretraining, batch: Batch, progress: float) -> Masked:
     if task.masking is None:
         return mask_batch(inputs_of(batch, task.config, task.shards), progress)
     return task.masking.masked(inputs_of(batch, task.config, task.shards, task.device), progress)
-
-
-def _pick(shards: ShardSet, seed: int) -> Batch:
-    """The first samples of the seed's order, with attention where there is any."""
-    wanted = permutation(len(shards), seed=seed, epoch=0)[:IMAGES]
-    place = (wanted, np.zeros_like(wanted), 0)
-    reader = Reader(shards, STORED, attention=shards.peaks is not None, substitutes=0)
-    (batch,) = reader.decoded([place], threads=1, prefetch=0)
-    return batch
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The sheet of maskings: a column a run, three rows an image, each run's own masks."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_set
 from PIL import Image
+from pyarrow import fs
 
 from pipeline.figures.masks_sheet import IMAGES, draw_masks
 from pretrain.config import PretrainConfig, StreamRun
@@ -52,3 +54,16 @@ def test_runs_on_other_images_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="other images than each other"):
         draw_masks(tmp_path / "masks.png", runs)
+
+
+def test_sets_are_opened_as_their_runs_open_them_and_nothing_else_of_a_run_is_needed(s3, tmp_path):
+    """The set lies in a bucket, and what the run measured k-NN on is gone."""
+    fs.copy_files(str(write_set(tmp_path / "shards")), "images/set", destination_filesystem=s3)
+    run = StreamRun(out=tmp_path / "run", device="cpu", cache=tmp_path / "cache", knn=str(tmp_path / "classes"))
+    for name in ("one", "other"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "classes" / name / "0.png")
+    pretrain(PretrainConfig(data="s3://images/set", masking="random", run=run, **TINY), stop_after_steps=1)
+    shutil.rmtree(tmp_path / "classes")
+
+    assert draw_masks(tmp_path / "masks.png", [run.out]).is_file()
