@@ -91,8 +91,8 @@ def pretrain(
 ) -> None:
     """Pretrain a masked autoencoder on a shard set.
 
-    While it runs it shows alpha (masks hide a share of every part at 0, whole parts at 1), purity (share of the parts
-    that are hidden whole or not at all), effective_rank (directions that the features of whole images fill; near 1 they
+    While it runs it shows alpha (a share of every part is masked at 0, whole parts at 1), purity (share of the parts
+    that are masked whole or not at all), effective_rank (directions that the features of whole images fill; near 1 they
     have collapsed), feature_std (how far they lie apart), knn (with --knn) and waiting (share of the time spent waiting
     for data). A finished run goes on when its --epochs are raised. For example:
       semmae pretrain --data runs/shards --masking semmae --out runs/semmae

@@ -13,8 +13,8 @@ from shards.atomic import write_whole
 from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised
 from training.contact_sheet import enlarged, png_of
 
-HIDDEN = 235
-"""Grey value of what is not seen."""
+BLANK = 235
+"""Grey value of what the encoder does not see."""
 COLUMNS = ("image", "seen", "rebuilt")
 
 
@@ -33,7 +33,7 @@ def with_holes(
     side = images.shape[1] // patch
     seen = torch.zeros(len(images), side * side).scatter_(1, ids_visible, 1.0).reshape(-1, side, side, 1)
     window = enlarged(seen.numpy(), images.shape[1])
-    return images * window + HIDDEN * (1 - window)
+    return images * window + BLANK * (1 - window)
 
 
 def rebuilt(model: MAE, masked: Masked) -> Float32[np.ndarray, "batch height width 3"]:

@@ -18,7 +18,7 @@ from watch import watching
 from pretrain.config import PretrainConfig, StreamRun, config_of
 from pretrain.health import effective_rank, feature_std
 from pretrain.mae import MAE
-from pretrain.pictures import COLUMNS, HIDDEN
+from pretrain.pictures import BLANK, COLUMNS
 from pretrain.presets import settled
 from pretrain.replay import replay
 from pretrain.train import Pretraining, pretrain
@@ -129,7 +129,7 @@ def test_the_pictures_are_of_the_first_images_under_the_masks_of_their_step(step
                 sample, stored, shards.groups, epoch=EPOCH_OF[step], progress=Fraction(step, STEPS)
             )
             image, seen, rebuilt = (middles(sheet, column, row) for column in COLUMNS)
-            assert [patch for patch, colour in enumerate(seen) if colour != (HIDDEN,) * 3] == visible
+            assert [patch for patch, colour in enumerate(seen) if colour != (BLANK,) * 3] == visible
             assert [seen[patch] for patch in visible] == [image[patch] for patch in visible]
             apart = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in zip(rebuilt, image, strict=True)]
             assert all(apart[patch] <= 1 for patch in visible)

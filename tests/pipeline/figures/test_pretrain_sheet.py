@@ -12,7 +12,7 @@ from reference import mae_step
 from pipeline.figures.pretrain_sheet import COLUMNS, draw_sheet
 from pipeline.figures.samples import pick
 from pretrain.config import PretrainConfig, StreamRun
-from pretrain.pictures import HIDDEN
+from pretrain.pictures import BLANK
 from pretrain.train import pretrain
 from shards.batches import in_order
 from shards.order import permutation
@@ -83,7 +83,7 @@ def test_each_column_shows_the_images_their_masks_of_that_progress_and_what_was_
         for name, progress in (("mask at 0 %", 0), ("at 50 %", Fraction(1, 2)), ("at 100 %", 1)):
             _, visible, _ = mae_step.shown(sample, stored, shards.groups, epoch=0, progress=Fraction(progress))
             tile = patches(sheet, COLUMNS.index(name), row)
-            assert [patch for patch, colour in enumerate(tile) if colour != (HIDDEN,) * 3] == visible
+            assert [patch for patch, colour in enumerate(tile) if colour != (BLANK,) * 3] == visible
             rebuilt = {"mask at 0 %": "rebuilt (0 %)", "at 100 %": "rebuilt (100 %)"}.get(name)
             if rebuilt:
                 again = patches(sheet, COLUMNS.index(rebuilt), row)
