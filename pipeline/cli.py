@@ -16,7 +16,8 @@ from partlearn.config import IN_PYTHON, ExtractConfig, LearnConfig
 from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
 from pipeline.help import fields_of, made, options, overview
 from pretrain.config import FREE, METHOD, PretrainConfig
-from training.memory import OutOfMemory, asking_for_less, out_of_memory
+from training.memory import asking_for_less
+from training.sentence import sentence, status
 
 Backend = Annotated[Literal["local", "ray"], tyro.conf.arg(help="local: this process, or torchrun's; ray: a cluster.")]
 Workers = Annotated[int, tyro.conf.arg(help="Ray Train workers, one GPU each where there are any (--backend ray).")]
@@ -198,7 +199,6 @@ VERBS = {
     "submit": submit,
     "demo": demo,
 }
-CALL_WAS_WRONG = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,21 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"semmae: {_sentence(error)}", file=sys.stderr)
-        return 2 if isinstance(error, CALL_WAS_WRONG) else 1
+        print(f"semmae: {sentence(error)}", file=sys.stderr)
+        return status(error)
     return 0
-
-
-def _sentence(error: Exception) -> str:
-    """What went wrong, on one line; the kind of error leads where its text alone says little."""
-    text = " ".join(str(error).split())
-    if out_of_memory(error) and not isinstance(error, OutOfMemory):
-        return f"out of memory ({text[:200]}); take fewer or smaller images at once, or --device cpu"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if type(error).__module__ == "builtins" and not isinstance(error, (*CALL_WAS_WRONG, OSError)):
-        return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
-    return text or f"{type(error).__name__} (run again with --debug for the traceback)"
 
 
 def _train(function: Any, config: Any, backend: str, num_workers: int) -> None:

@@ -4,11 +4,11 @@ python -m pretrain.replay RUN/nonfinite/step-NNNNNNNN
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from pretrain.config import config_of
 from pretrain.train import Pretraining, opened_shards
+from training.by_itself import by_itself
 from training.nonfinite import again
 
 
@@ -28,8 +28,10 @@ def replay(folder: Path) -> tuple[float, float]:
         return again(Pretraining(config, shards), folder)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    loss, norm = replay(Path(sys.argv[1]))
+def _show(folder: Path) -> None:
+    loss, norm = replay(folder)
     print(f"loss {loss:.6g}  grad_norm {norm:.6g}")
+
+
+if __name__ == "__main__":
+    by_itself(_show, __doc__)

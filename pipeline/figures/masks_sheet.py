@@ -4,7 +4,6 @@ python -m pipeline.figures.masks_sheet masks.png runs/random runs/semmae runs/hp
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from pretrain.pictures import with_holes
 from pretrain.train import Pretraining, inputs_of, opened_shards
 from shards.atomic import write_whole
 from shards.batches import Batch
+from training.by_itself import by_itself
 from training.checkpoint import find, load_tensors
 from training.contact_sheet import png_of, tinted
 
@@ -58,6 +58,9 @@ def _masked(task: Pretraining, batch: Batch, progress: float) -> Masked:
     return task.masking.masked(inputs_of(batch, task.config, task.shards, task.device), progress)
 
 
+def _show(out: Path, first: Path, *others: Path) -> None:
+    print(draw_masks(out, [first, *others]))
+
+
 if __name__ == "__main__":
-    out, *folders = map(Path, sys.argv[1:])
-    print(draw_masks(out, folders))
+    by_itself(_show, __doc__)

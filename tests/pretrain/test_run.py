@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -296,3 +297,31 @@ def test_the_folder_of_another_verb_is_no_pretraining(tmp_path):
 
     with pytest.raises(ValueError, match="is not the folder of a pretraining"):
         replay(tmp_path / "nonfinite/step-00000001")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["pretrain.replay"], 2, "python -m pretrain.replay RUN/nonfinite/step-NNNNNNNN"),
+        (["pretrain.replay", "--help"], 2, "python -m pretrain.replay RUN/nonfinite/step-NNNNNNNN"),
+        (["pretrain.replay", "nowhere/nonfinite/step-00000001"], 2, "nowhere/config.json: No such file or directory"),
+        (["pretrain.replay", "run/nonfinite/step-00000001"], 2, "run/nonfinite/step-00000001"),
+        (
+            ["pipeline.figures.masks_sheet", "masks.png"],
+            2,
+            "python -m pipeline.figures.masks_sheet masks.png runs/random",
+        ),
+        (["pipeline.figures.masks_sheet", "masks.png", "nowhere"], 2, "nowhere/config.json: No such file or directory"),
+        (["pipeline.figures.masks_sheet", "masks.png", "run"], 1, "run holds no whole checkpoint yet"),
+    ],
+)
+def test_a_module_that_is_run_by_itself_answers_as_a_verb_does(arguments, status, said, runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_bytes((runs / "alone/config.json").read_bytes())
+
+    done = warm.python("-m", *arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path.cwd())}).finished()
+
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(arguments) == 1 or said.startswith("python -m") or done.stderr.count("\n") == 1
