@@ -11,11 +11,9 @@ import torch
 
 from pipeline.figures.samples import pick
 from pretrain.config import config_of
-from pretrain.masking.batch import Masked, mask_batch
 from pretrain.pictures import with_holes
 from pretrain.train import Pretraining, inputs_of, opened_shards
 from shards.atomic import write_whole
-from shards.batches import Batch
 from training.by_itself import by_itself
 from training.checkpoint import find, load_tensors
 from training.contact_sheet import png_of, tinted
@@ -43,19 +41,14 @@ def draw_masks(path: Path, runs: list[Path], *, seed: int = 0) -> Path:
                 columns = [images, tinted(images, np.repeat(batch.parts, len(PROGRESS), axis=0), 1 + shards.num_parts)]
             task = Pretraining(config, shards)
             task.objective.load_tensors(load_tensors(find(run))[0])
-            seen = [_masked(task, batch, progress).ids_visible.cpu() for progress in PROGRESS]
+            inputs = inputs_of(batch, config, shards, task.device)
+            seen = [task.objective.masked(inputs, progress).ids_visible.cpu() for progress in PROGRESS]
             columns.append(with_holes(images, torch.stack(seen, dim=1).flatten(0, 1), config.patch))
             names.append(config.masking)
     if len(fingerprints) > 1:
         raise ValueError("the runs are on other images than each other; draw those of one shard set")
     write_whole(path, png_of(names, columns))
     return path
-
-
-def _masked(task: Pretraining, batch: Batch, progress: float) -> Masked:
-    if task.masking is None:
-        return mask_batch(inputs_of(batch, task.config, task.shards), progress)
-    return task.masking.masked(inputs_of(batch, task.config, task.shards, task.device), progress)
 
 
 def _show(out: Path, first: Path, *others: Path) -> None:
