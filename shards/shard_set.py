@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import threading
 import zlib
 from contextlib import suppress
@@ -25,6 +26,8 @@ MOST_OPEN = 256
 """Tars kept open; a process may usually open 1,024 files, and a set may have more shards than that."""
 TRIES = 10
 AGAIN = "run `verify --repair` on the set"
+SOURCE = ("parts", "encoder", "encoder_block", "encoder_mean", "encoder_std", "num_parts", "grid")
+"""Settings of `extract` that decide the labels of given images."""
 PARTS, RANKS = np.dtype("|u1"), np.dtype("<u2")
 
 
@@ -217,8 +220,12 @@ class ShardSet:
         """Raises ValueError where no class attention is stored, or none whose heads can be compared."""
         labels = self.labels or self
         told = labels.info.get("producer", {}).get("config", {})
-        same = "".join(f" --{name} {told[name]}" for name in ("parts", "encoder") if told.get(name))
-        way = f"make it with `semmae extract --relabel {self.path}{same} --attention --out DIR` and take --labels DIR"
+        drawn = told.get("boxes") or told.get("parts") == "truth"
+        same = [] if drawn else [word for name in SOURCE for word in _option(name, told.get(name))]
+        command = shlex.join(["semmae", "extract", "--relabel", str(self.path), *same, "--attention", "--out", "DIR"])
+        way = f"make it with `{command}` and take --labels DIR"
+        if drawn:
+            way += "; its labels are then those of `builtin`"
         if not self.heads:
             raise ValueError(f"the labels of {labels.path} hold no class attention; {way}")
         if self.peaks is None:
@@ -295,6 +302,13 @@ class ShardSet:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """A setting of `extract` as words of its command line; none where it is the default."""
+    if value is None or (name, value) == ("parts", "builtin"):
+        return []
+    return ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
 
 
 class _Form(NamedTuple):

@@ -1,6 +1,8 @@
 """Class attention as it is stored: bytes of each head's own peak, and the peaks, which make heads comparable again."""
 
 import io
+import re
+import shlex
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -10,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import photographs
+import tyro
+from conftest import drawn, photographs, write_samples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +22,8 @@ from encoders.load import load_encoder
 from partlearn.config import ExtractConfig
 from partlearn.labelling.learned import attention_bytes
 from pipeline.config import VerifyConfig
-from pipeline.extract import extract
+from pipeline.extract import HOW, extract
+from pipeline.help import made, shown
 from pipeline.verify import verify as verify_verb
 from shards.atomic import read_json, sha256_file, write_json
 from shards.crops import crop_cells, sample_boxes, sample_flips
@@ -30,6 +34,7 @@ from shards.shard_set import ShardSet
 from shards.stream import Stream
 from shards.verify import verify
 from training.config import RunConfig
+from training.same_run import as_json
 
 ENCODER, GRID, HEADS = "random:vit_tiny_patch16_224", 4, 3
 
@@ -134,6 +139,41 @@ def test_a_set_without_attention_has_neither_peaks_nor_their_column(stored, tmp_
             Stream(shards, batch_size=4, seed=0, attention=True)
 
 
+OF_LABELS = ("parts", "encoder", "encoder_block", "encoder_mean", "encoder_std", "num_parts", "grid")
+
+
+@pytest.mark.parametrize(
+    ("made_with", "told"),
+    [
+        ({"parts": Path("builtin")}, ""),
+        ({"parts": Path("runs/my parts"), "grid": 14}, ""),
+        (
+            {"encoder": "dino:FILE", "encoder_block": 0, "num_parts": 4}
+            | {"encoder_mean": (0.5, 0.4, 0.5), "encoder_std": (0.5, 0.5, 0.2)},
+            "",
+        ),
+        ({"parts": Path("truth")}, "; its labels are then those of `builtin`"),
+        ({"parts": Path("builtin"), "boxes": Path("boxes.txt")}, "; its labels are then those of `builtin`"),
+    ],
+)
+def test_the_command_that_makes_attention_is_accepted_and_makes_the_same_labels(made_with, told, tmp_path):
+    config = settings(tmp_path, images="photos", **{"encoder": None, "grid": None} | made_with)
+    recorded = {name: value for name, value in as_json(config).items() if name not in HOW}
+    info = {"grid": 4, "groups": 4, "size": 32, "classes": [], "producer": {"config": recorded}}
+    write_samples(tmp_path / "a set", drawn(2, 32, 4, 4, 0, 0), info, samples_per_shard=2)
+
+    with ShardSet.open(tmp_path / "a set") as shards, pytest.raises(ValueError) as refused:
+        shards.refuse_no_attention()
+
+    sentence = re.fullmatch("the labels of .* `semmae extract (.*)` and take --labels DIR(.*)", str(refused.value))
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
+    named = made(tyro.cli(shown(ExtractConfig), args=shlex.split(sentence[1]), config=flat))
+    plain = settings(tmp_path, images="photos", parts=Path("builtin"), encoder=None, grid=None)
+    wanted = plain if told else config
+    assert (named.relabel, named.attention, sentence[2]) == (tmp_path / "a set", True, told)
+    assert [getattr(named, name) for name in OF_LABELS] == [getattr(wanted, name) for name in OF_LABELS]
+
+
 def test_a_set_of_an_earlier_release_is_read_and_verified_and_says_how_peaks_are_made(earlier, tmp_path):
     assert verify(earlier, "deep") == []
     with ShardSet.open(earlier) as shards:
@@ -142,7 +182,9 @@ def test_a_set_of_an_earlier_release_is_read_and_verified_and_says_how_peaks_are
         assert len(next(iter(Stream(shards, batch_size=4, seed=0))).images) == 4
         with pytest.raises(ValueError, match="without its heads' peaks") as refused:
             Stream(shards, batch_size=4, seed=0, attention=True)
-    assert f"`semmae extract --relabel {earlier} --parts heads --encoder {ENCODER} --attention" in str(refused.value)
+    assert f"`semmae extract --relabel {earlier} --parts heads --encoder {ENCODER} --grid {GRID} --attention" in str(
+        refused.value
+    )
 
     extract(settings(tmp_path / "again", relabel=earlier, attention=True))
 
