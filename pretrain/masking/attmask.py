@@ -15,17 +15,17 @@ HINTS = 0.1
 
 def high(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
     """Minus the attention; `progress` changes nothing."""
-    return -mean_attention(inputs)
+    return -total_attention(inputs)
 
 
 def low(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
     """The attention; `progress` changes nothing."""
-    return mean_attention(inputs)
+    return total_attention(inputs)
 
 
 def hint(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
     """As `high`, but a few of the highest are shown, at random; `progress` changes nothing."""
-    attention = mean_attention(inputs)
+    attention = total_attention(inputs)
     patches = attention.shape[1]
     highest = attention.argsort(dim=1, descending=True, stable=True)[:, : int(HINTS * patches)]
     shown = min(int(inputs.config.hint_share * inputs.masked), highest.shape[1], patches - inputs.masked)
@@ -33,9 +33,9 @@ def hint(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
     return (-attention).scatter(1, highest.gather(1, drawn), 1.0)
 
 
-def mean_attention(inputs: Inputs) -> Float[Tensor, "batch kept"]:
-    """Averaged over heads, one after another (the same bits on any device), in fp64; equals are ordered by noise that
-    is too small to order anything else."""
+def total_attention(inputs: Inputs) -> Float[Tensor, "batch kept"]:
+    """Summed over heads, one after another (the same bits on any device), in fp64; equals are ordered by noise that is
+    too small to order anything else."""
     heads = inputs.attention.unbind(dim=1)
-    mean = inputs.of_kept(sum(heads[1:], start=heads[0]) / len(heads)).double()
-    return (mean + 1e-30) * (1 + 2.0**-26 * inputs.noise.double())
+    total = inputs.of_kept(sum(heads[1:], start=heads[0])).double()
+    return (total + 1e-30) * (1 + 2.0**-26 * inputs.noise.double())
