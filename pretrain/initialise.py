@@ -30,7 +30,7 @@ def initialise(model: MAE, source: str) -> str:
     the patch embedding takes that over, exactly.
 
     Raises:
-        ValueError: The source is none, or its ViT has other numbers than the model.
+        ValueError: `source` names no encoder, or its ViT has other numbers than the model.
         FileNotFoundError: The file or run is not there.
         CheckpointError: The weights are of no plain ViT, or cannot be read.
     """

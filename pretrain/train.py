@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, *, stop_after_steps: int | None = None) -> 
     finished one whose `epochs` are raised. `stop_after_steps` ends early, as a kill would, after writing a checkpoint.
 
     Raises:
-        ValueError: The shards do not fit the settings, or carry no parts for --masking semmae.
+        ValueError: The shards do not fit the settings, or lack what the masking reads: parts, or class attention.
         ShardError: The shard set is unfinished or damaged.
         FloatingPointError: See `training.loop.train`.
         OutOfMemory: A step needs more than there is; a smaller `run.micro_batch` needs less.

@@ -23,8 +23,9 @@ TRIES = 64
 
 
 def scores(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
-    """Noise, less 1 inside the rectangles, which cover at most the patches to be masked; so the rest is filled up at
-    random, where BEiT masks fewer. `progress` changes nothing."""
+    """Noise, less 1 inside the rectangles. They cover at most the share of all patches that is to be masked, and the
+    rest is filled up at random, where BEiT masks fewer. With --keep-share below 1 more of the kept patches than are to
+    be masked may be inside; noise then chooses among those. `progress` changes nothing."""
     patches = inputs.shape[0] * inputs.shape[1]
     draws = inputs.uniform(BLOCK, 4 * TRIES).unflatten(1, (TRIES, 4)).cpu().numpy()
     covered = rectangles(draws, inputs.shape, masked_count(patches, inputs.config.mask_ratio))

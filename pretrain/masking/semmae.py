@@ -96,9 +96,9 @@ def released_scores(
     left = (patches * mask_ratio - permuted.cumsum(dim=1) + permuted).long().clamp(min=0)
     whole = torch.zeros_like(sizes).scatter_(1, order, torch.minimum(left, permuted))
     quota = ((1 - alpha) * inside + alpha * whole).round().long()
-    hidden = place_inside(labels, noise, sizes) < quota.gather(1, labels)
+    to_mask = place_inside(labels, noise, sizes) < quota.gather(1, labels)
     turn = noise.argsort(dim=1, stable=True).argsort(dim=1)
-    return -(hidden * patches + turn).float()
+    return -(to_mask * patches + turn).float()
 
 
 def sizes_of(labels: Int64[Tensor, "batch patches"], groups: int) -> Int64[Tensor, "batch groups"]:
