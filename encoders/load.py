@@ -92,7 +92,7 @@ class Found:
     """Side in pixels that the weights are for."""
     normalisation: Normalisation
     file: Weights | None = None
-    """What a file or run holds, with what lies beside the backbone."""
+    """What a file or run holds, with what is stored beside the backbone."""
 
 
 def weights_of(source: str, told: Normalisation | None = None) -> Found:

@@ -30,7 +30,7 @@ class Weights:
     tensors: dict[str, Tensor]
     """In timm's names, fp32, without heads."""
     whole: dict[str, Tensor]
-    """What lies where it was taken from, in the file's names: it, and heads or a decoder beside it."""
+    """What is stored where it was taken from, in the file's names: it, and heads or a decoder beside it."""
     place: str
     """Where it was: `state_dict_ema`, `teacher.backbone`; empty for the file itself."""
     others: tuple[str, ...]

@@ -82,7 +82,7 @@ class PretrainConfig(MaskingConfig):
     Default: a model and a schedule that fit the set and the machine."""
     init: str | None = None
     """Weights to begin with, an encoder source of the model's size: run:DIR, timm:NAME, timm:NAME=FILE, ibot:FILE or
-    dino:FILE; a decoder that lies beside and has the run's size is taken too. Default: drawn from the seed."""
+    dino:FILE; a decoder that comes with it and has the run's size is taken too. Default: drawn from the seed."""
     patch: int = 16
     """Patch side in pixels."""
     embed_dim: int = 768

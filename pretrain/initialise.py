@@ -72,10 +72,10 @@ def _take_over(projection: Any, theirs: Normalisation) -> None:
 
 
 def _decoder_of(model: MAE, found: Found) -> tuple[dict[str, Tensor], str]:
-    """A decoder in our names, or none and why."""
+    """A decoder in our names; or an empty dict, and why."""
     whole: dict[str, Tensor] = {} if found.file is None else found.file.whole
     if "decoder_embed.weight" not in whole:
-        return {}, "there is none"
+        return {}, "the source has no decoder"
     theirs, patches = _in_our_names(whole, model.patch), found.weights["pos_embed"].shape[1] - 1
     dim = len(whole["decoder_embed.weight"])
     told = found.file.header.get("mae", {}) if found.file else {}

@@ -15,7 +15,7 @@ class MAE(nn.Module):
     """An encoder with timm's parameter names, and a light decoder. Sizes are settings; nothing is wired to 224.
 
     Only visible patches are embedded, and the decoder has mask tokens for the predicted patches alone. Both may be any
-    sets: what lies where comes from positions. A patch of neither set takes no part, so that predicting some of the
+    sets: what is where comes from positions. A patch of neither set takes no part, so that predicting some of the
     masked patches (CrossMAE, arXiv:2401.14391) saves the decoder's work on the others.
 
     Args:

@@ -15,7 +15,7 @@ from shards.rng import BLOCK
 LEAST = 16
 """Patches of the smallest rectangle that is asked for, while so many are left; a twelfth of fewer than 196 patches."""
 ASPECT = math.log(1 / 0.3)
-"""The logarithm of height over width lies within plus and minus this."""
+"""The logarithm of height over width is within plus and minus this."""
 FAILURES = 10
 """Rectangles in a row that do not fit, after which no further one is tried."""
 TRIES = 64

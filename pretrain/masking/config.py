@@ -80,14 +80,15 @@ class MaskingConfig:
     """automae: the generator selects as many patches as stay visible (the released code), which are then masked
     together with random ones; or as many as are masked, most of which are."""
     automae_attention_scale: float = 1.0
-    """automae: factor on the attention that the generator reads. At 1 (the released code) it is about one over the
-    number of patches, so small that biases and borders decide, the same for every image; that number mends it."""
+    """automae: factor on the attention that the generator reads. At 1, as released, values are near 1 / patches, so
+    biases and borders outweigh them and every image gets nearly the same logits; the number of patches (196) corrects
+    this."""
     automae_gan_input: Literal["gumbel", "softmax"] = "gumbel"
     """automae: its discriminator is shown what the generator says with Gumbel noise (the released code) or without.
     With it, single patches stand out as they never do in a rectangle, which tells the two apart."""
     automae_gan_scale: float = 1.0
-    """automae: factor on what the discriminator is shown. At 1 (the released code) patches are about one over their
-    number, too small for it to reach its target; that number mends it."""
+    """automae: factor on what the discriminator sees. At 1, as released, values are near 1 / patches, too small for it
+    to reach its target; the number of patches (196) corrects this."""
 
     def refuse_idle_settings(self) -> None:
         """Raises ValueError for a setting of another masking: it would change nothing."""

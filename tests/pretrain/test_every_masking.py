@@ -30,7 +30,7 @@ TINY = {
 }  # fmt: skip
 STEPS = 3
 FIRST_LOSSES = Path(__file__).with_name("first_losses.json")
-"""Of 20 steps at seed 0. A change that moves one by 1e-4 of itself says in its commit why, and writes it anew:
+"""Of 20 steps at seed 0. A change that moves one by 1e-4 of itself says in its commit why, and writes all again:
 `python tests/pretrain/test_every_masking.py`."""
 
 
@@ -137,9 +137,12 @@ def first_losses(masking: str, data: Path, out: Path) -> list[float]:
 
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_the_first_losses_are_those_that_were_written_down(masking, data, tmp_path):
-    expected = json.loads(FIRST_LOSSES.read_text())[masking]
+    written = json.loads(FIRST_LOSSES.read_text())
+    assert masking in written, (
+        f"write down the first losses of {masking}: `python tests/pretrain/test_every_masking.py`"
+    )
 
-    assert first_losses(masking, data, tmp_path) == pytest.approx(expected, rel=1e-4)
+    assert first_losses(masking, data, tmp_path) == pytest.approx(written[masking], rel=1e-4)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_a_file_without_a_decoder_leaves_the_drawn_one(tmp_path):
     taken, after = model.encoder.state_dict(), decoder_of(model)
     assert all(torch.equal(taken[name], value) for name, value in encoder.items())
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert told.endswith("decoder drawn from the seed (there is none)")
+    assert told.endswith("decoder drawn from the seed (the source has no decoder)")
 
 
 SWAPPED = OFFICIAL["decoder_pos_embed"].roll(16, dims=2)

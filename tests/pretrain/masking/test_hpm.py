@@ -32,7 +32,7 @@ SIZES = TINY | {"depth": 2, "heads": 4, "decoder_depth": 2}
 
 
 def made(inputs: Inputs, **changes) -> tuple[MAE, HardPatches]:
-    """An autoencoder and HPM's networks, every weight drawn anew so that no two are alike."""
+    """An autoencoder and HPM's networks, every weight drawn again so that no two are alike."""
     config = dataclasses.replace(inputs.config, **changes)
     mae = build(config, 8 * inputs.shape[0])
     masking = HardPatches(config, mae, 3)
