@@ -15,7 +15,7 @@ from evaluate.config import KnnConfig, ProbeConfig
 from partlearn.config import IN_PYTHON, ExtractConfig, LearnConfig
 from pipeline.config import BenchConfig, DemoConfig, ScorePartsConfig, SubmitConfig, VerifyConfig
 from pipeline.help import fields_of, made, options, overview
-from pretrain.config import FREE, METHOD, PretrainConfig
+from pretrain.config import FREE, METHOD, UNSET, PretrainConfig
 from training.memory import asking_for_less
 from training.sentence import sentence, status
 
@@ -86,7 +86,7 @@ def verify(config: Annotated[Any, options(VerifyConfig)]) -> None:
 
 
 def pretrain(
-    config: Annotated[Any, options(PretrainConfig, open_=METHOD + FREE)],
+    config: Annotated[Any, options(PretrainConfig, open_=METHOD + FREE, usual=UNSET)],
     backend: Backend = "local",
     num_workers: Workers = 1,
 ) -> None:

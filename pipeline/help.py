@@ -13,7 +13,9 @@ from shards.places import at_home
 OPEN = "(default: the preset's, or what fits)"
 
 
-def shown(config: type, *, hidden: Collection[str] = (), open_: Collection[str] = ()) -> Any:
+def shown(
+    config: type, *, hidden: Collection[str] = (), open_: Collection[str] = (), usual: Collection[str] = ()
+) -> Any:
     """A dataclass with the fields of `config`, for tyro alone; `made` turns one into the config.
 
     tyro breaks a help text wherever its docstring does, in the middle of a sentence.
@@ -21,6 +23,7 @@ def shown(config: type, *, hidden: Collection[str] = (), open_: Collection[str] 
     Args:
         hidden: Fields that only Python sets; they have no option.
         open_: Fields that something else decides where the command line does not: None is their default.
+        usual: Those of them for which that is always the config's own default.
     """
     docs = {
         one.arg_name: " ".join((one.description or "").split())
@@ -37,11 +40,10 @@ def shown(config: type, *, hidden: Collection[str] = (), open_: Collection[str] 
             made_of.append((field.name, shown(typing.cast(type, kind), hidden=hidden)))
             continue
         text = docs[field.name]
+        hint = None if default is not None else "" if "Default:" in text else "(optional)"
         if field.name in open_:
+            hint = OPEN if field.name not in usual else hint if default is None else f"(default: {default})"
             kind, default = kind | None, None
-        hint = (
-            OPEN if field.name in open_ else None if default is not None else "" if "Default:" in text else "(optional)"
-        )
         argument = tyro.conf.arg(help=text, help_behavior_hint=hint)
         spec = dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)
         made_of.append((field.name, Annotated[kind, argument], spec))
@@ -51,9 +53,11 @@ def shown(config: type, *, hidden: Collection[str] = (), open_: Collection[str] 
     return like
 
 
-def options(config: type, *, hidden: Collection[str] = (), open_: Collection[str] = ()) -> Any:
+def options(
+    config: type, *, hidden: Collection[str] = (), open_: Collection[str] = (), usual: Collection[str] = ()
+) -> Any:
     """What tyro reads the options of a config from; the verb is then given a look-alike, for `made`."""
-    return tyro.conf.arg(name="", constructor=shown(config, hidden=hidden, open_=open_))
+    return tyro.conf.arg(name="", constructor=shown(config, hidden=hidden, open_=open_, usual=usual))
 
 
 def fields_of(given: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.masking.config import MaskingConfig, refuse_masks_out_of_range
+from pretrain.masking.config import BELONGS, MaskingConfig, refuse_masks_out_of_range
 from shards.atomic import read_json
 from training.config import RunConfig
 
@@ -51,6 +51,8 @@ METHOD = (
     *("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss", "flip", "crop_scale"),
 )
 """What a preset fixes."""
+UNSET = (*BELONGS, "mask_ratio", "predicted", "flip", "weight_decay")
+"""What no preset sets: its default is the one below."""
 FREE = ("predicted", "epochs", "batch_size", "base_lr", "warmup_epochs", "weight_decay")
 """What a preset proposes, and what may stand beside it."""
 

@@ -53,6 +53,21 @@ def test_learn_parts_names_few_options(capsys, monkeypatch):
     assert {"--images", "--encoder", "--num-parts", "--paper", "--out"} <= options
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        *[("gamma", "(default: 2.0)"), ("noise-color", "(default: green)"), ("weight-decay", "(default: 0.05)")],
+        *[("patch", "(default: the preset's, or what fits)"), ("keep-share", "(default: the preset's, or what fits)")],
+        *[("predicted", "Default: all."), ("alpha", "(optional)")],
+    ],
+)
+def test_pretrain_shows_the_default_of_what_no_preset_sets(option, told, capsys, monkeypatch):
+    shown = re.sub(r"[\s│]+", " ", help_of("pretrain", capsys, monkeypatch))
+
+    about = re.search(rf" --{option} .*?(?= --[a-z]|$)", shown)
+    assert told in about[0], about[0]
+
+
 def test_a_setting_that_is_pythons_alone_has_no_option(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["learn-parts", "--images", "x", "--encoder", "builtin", "--out", "y", "--style", "nothing"])

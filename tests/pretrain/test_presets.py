@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from pretrain.config import FREE, METHOD, PretrainConfig, StreamRun
+from pretrain.config import FREE, METHOD, UNSET, PretrainConfig, StreamRun
 from pretrain.presets import LARGE, PRESETS, SetShape, defaults, fitting, patch_of, settled
 from pretrain.train import pretrain
 from training.run_folder import RunFolder
@@ -45,6 +45,12 @@ def test_every_setting_of_a_run_is_fixed_by_a_preset_or_free_or_of_the_set():
     rest = {field.name for field in fields(PretrainConfig)} - set(METHOD) - set(FREE)
     assert rest == {"data", "labels", "preset", "init", "seed", "window", "substitutes", "run"}
     assert set(defaults()) == set(METHOD) | set(FREE)
+
+
+def test_what_no_preset_sets_is_named_for_help():
+    set_ = {name for preset in PRESETS.values() for name in preset(IMAGENET)}
+
+    assert set(UNSET) == {*METHOD, *FREE} - set_
 
 
 def test_a_preset_is_what_is_run_and_free_settings_stand_beside_it(make_shards, tmp_path):
