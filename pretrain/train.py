@@ -16,6 +16,7 @@ from pretrain.config import PretrainConfig
 from pretrain.health import Health
 from pretrain.initialise import initialise
 from pretrain.mae import MAE
+from pretrain.masking.attmask import most_hints
 from pretrain.masking.batch import Masked
 from pretrain.masking.budget import masked_count
 from pretrain.masking.config import MaskingConfig
@@ -299,6 +300,22 @@ def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
         raise ValueError(
             f"--mask-ratio {config.mask_ratio} masks {masked} of the {kept} patches kept of an image, expected at "
             "least one masked and one visible; change it, or choose a smaller --patch or a larger --keep-share"
+        )
+    if config.predicted is not None and config.predicted > masked:
+        raise ValueError(
+            f"--predicted {config.predicted} is more than the {masked} patches that are masked of an image; leave it "
+            "out to predict all of them"
+        )
+    if config.mask_unit >= side:
+        raise ValueError(
+            f"--mask-unit {config.mask_unit} makes one square of an image of {side}x{side} patches, which masks as "
+            f"--mask-unit 1 does; choose one below {side}"
+        )
+    hints, most = int(config.hint_share * masked), most_hints(kept, masked)
+    if config.masking == "attmask-hint" and hints > most:
+        raise ValueError(
+            f"--hint-share {config.hint_share} shows {hints} of the {masked} masked patches of an image, and at most "
+            f"{most} can be shown; choose at most {most / masked:.3f}"
         )
 
 

@@ -28,9 +28,14 @@ def hint(inputs: Inputs, progress: float) -> Float[Tensor, "batch kept"]:
     attention = total_attention(inputs)
     patches = attention.shape[1]
     highest = attention.argsort(dim=1, descending=True, stable=True)[:, : int(HINTS * patches)]
-    shown = min(int(inputs.config.hint_share * inputs.masked), highest.shape[1], patches - inputs.masked)
+    shown = min(int(inputs.config.hint_share * inputs.masked), most_hints(patches, inputs.masked))
     drawn = inputs.uniform(HINT, highest.shape[1]).argsort(dim=1, stable=True)[:, :shown]
     return (-attention).scatter(1, highest.gather(1, drawn), 1.0)
+
+
+def most_hints(patches: int, masked: int) -> int:
+    """As many as the highest tenth has, and as other patches can be masked for."""
+    return min(int(HINTS * patches), patches - masked)
 
 
 def total_attention(inputs: Inputs) -> Float[Tensor, "batch kept"]:

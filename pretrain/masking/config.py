@@ -102,6 +102,8 @@ class MaskingConfig:
                 )
         if self.alpha is not None and (self.curriculum, self.gamma) != ("rising", 2.0):
             raise ValueError("--alpha is one value for the whole run; leave out --curriculum and --gamma")
+        if self.curriculum == "cosine" and self.gamma != 2.0:
+            raise ValueError(f"--curriculum cosine has no exponent, got --gamma {self.gamma}; leave one of the two out")
 
 
 def refuse_masks_out_of_range(settings: Mapping[str, Any]) -> None:

@@ -93,6 +93,22 @@ def test_a_mask_that_leaves_nothing_visible_is_refused(make_shards, tmp_path):
         pretrain(config(make_shards().path, tmp_path / "run", mask_ratio=0.97))
 
 
+@pytest.mark.parametrize(
+    ("most", "more", "told"),
+    [
+        ({"masking": "semmae", "predicted": 12}, {"predicted": 13}, "more than the 12 patches that are masked"),
+        ({"masking": "random", "mask_unit": 3}, {"mask_unit": 4}, "choose one below 4"),
+        ({"masking": "attmask-hint", "hint_share": 0.16}, {"hint_share": 0.17}, "at most 1 can be shown; .* 0.083"),
+    ],
+)
+def test_a_setting_that_the_counts_would_cap_is_refused(most, more, told, make_shards, tmp_path):
+    data = make_shards(heads=3).path
+
+    pretrain(config(data, tmp_path / "most", **most), stop_after_steps=0)
+    with pytest.raises(ValueError, match=told):
+        pretrain(config(data, tmp_path / "more", **most | more))
+
+
 def test_spoilt_weights_stop_the_run_and_leave_the_last_good_checkpoint(make_shards, tmp_path):
     spoilt = config(make_shards().path, tmp_path / "run", base_lr=1e30, epochs=6)
     pretrain(spoilt, stop_after_steps=1)

@@ -255,6 +255,7 @@ def test_as_many_masked_patches_are_predicted_as_was_asked_for(predicted, seed):
         ({"masking": "random", "gamma": 1.0}, "--gamma belongs to --masking semmae"),
         ({"noise_color": "red"}, "--noise-color belongs to --masking color-noise"),
         ({"alpha": 0.5, "gamma": 3.0}, "--alpha is one value for the whole run"),
+        ({"curriculum": "cosine", "gamma": 1.0}, "--curriculum cosine has no exponent"),
     ],
 )
 def test_a_setting_that_would_change_nothing_is_refused(settings, told):
