@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.drawn_batch import drawn_batch
 from benchmarks.rounds import BLOCK_S, Block, Case, Report, gate_in_words, interleaved, repeated, summary
 from pretrain.config import PretrainConfig, StreamRun
 from pretrain.masking.automae import AutoMAE
@@ -28,9 +28,11 @@ def bench_masking(*, minutes: float, block_s: float = BLOCK_S) -> Report:
 
     256 images of 14x14 patches; labels of 28x28 cells in 7 groups.
     """
-    batch, threads = some_batch(), torch.get_num_threads()
+    batch = drawn_batch(BATCH, side=1, grid=GRID, groups=GROUPS, heads=HEADS)
+    threads = torch.get_num_threads()
+    predicted = torch.rand(BATCH, SHAPE[0] * SHAPE[1], generator=torch.Generator().manual_seed(0))
     calls: dict[str, Callable[[], object]] = {name: partial(_masked, name, batch) for name in STRATEGIES}
-    calls |= {"hpm": partial(_hpm, batch, torch.rand(BATCH, SHAPE[0] * SHAPE[1])), "automae": _automae(batch)}
+    calls |= {"hpm": partial(_hpm, batch, predicted), "automae": _automae(batch)}
     cases = [Case(name, repeated(call, BATCH)) for name, call in calls.items()]
     torch.set_num_threads(1)
     try:
@@ -47,23 +49,6 @@ def bench_masking(*, minutes: float, block_s: float = BLOCK_S) -> Report:
         f"attention of {HEADS} heads; from stored arrays and draws to indices, on one core. {gate_in_words()}"
     )
     return Report(rows, {name: BARS.get(name, OTHERS) for name in blocks}, caption)
-
-
-def some_batch() -> Batch:
-    """Random labels, ranks and attention, as a stream gives them."""
-    random, cells = np.random.default_rng(0), (BATCH, GRID, GRID)
-    ranks = np.stack([random.permutation(GRID * GRID) for _ in range(BATCH)])
-    return Batch(
-        images=np.zeros((BATCH, 1, 1, 3), np.uint8),
-        parts=random.integers(0, GROUPS, cells, dtype=np.uint8),
-        fgrank=ranks.reshape(cells).astype(np.uint16),
-        class_ids=np.zeros(BATCH, np.int64),
-        indices=np.arange(BATCH),
-        epochs=np.zeros(BATCH, np.int64),
-        position=0,
-        attn=random.integers(0, 256, (BATCH, HEADS, GRID, GRID), dtype=np.uint8),
-        attn_peak=random.random((BATCH, HEADS), dtype=np.float32),
-    )
 
 
 def _hpm(batch: Batch, predicted: torch.Tensor) -> None:

@@ -87,7 +87,7 @@ def test_bench_masking_has_a_row_and_a_bar_for_every_strategy():
     assert all(0 < row.low <= row.value <= row.high < 10_000 for row in report.rows)
 
 
-def test_bench_step_tells_what_a_scorer_in_every_step_costs(tmp_path):
+def test_bench_step_tells_what_a_scorer_in_every_step_costs(tmp_path, capsys):
     to = tmp_path / "rows.json"
 
     bench(BenchConfig(name="step", out=tmp_path, json=to, minutes=0.001, device="cpu", rehearse=True))
@@ -96,6 +96,9 @@ def test_bench_step_tells_what_a_scorer_in_every_step_costs(tmp_path):
     assert list(rows) == ["ours", "automae", "automae_with_scorer", "automae/ours", "automae_with_scorer/automae"]
     assert all(set(row) - {"noisy"} == FIELDS and row["value"] > 0 for row in rows.values())
     assert not (tmp_path / "creatures").exists()
+    told = capsys.readouterr()
+    assert "A toy" in told.out
+    assert "GFLOP" not in told.out + told.err, "operations of ViT-B/16, not of a toy"
 
 
 def test_blocks_beside_a_neighbour_are_dropped():
