@@ -68,7 +68,7 @@ class ShardSet:
             cache_bytes: Most that the copies may take there.
 
         Raises:
-            FileNotFoundError: There is no such folder.
+            FileNotFoundError: There is no such folder, or there are no such labels.
             ValueError: The set is remote and no `cache` is given, or the labels are of other images.
             ShardError: The set is not finished, of another format, or its index is not the one it names.
         """
@@ -85,6 +85,8 @@ class ShardSet:
         opened = cls(folder, info, load_rows(index), copies)
         if labels is not None:
             named = Path(path) / "labels" / labels
+            if not (named.is_dir() or Path(labels).is_dir() or storage.is_remote(labels)):
+                raise FileNotFoundError(_no_labels(labels, Path(path)))
             opened._take_labels(named if named.is_dir() else labels)
         return opened
 
@@ -340,3 +342,13 @@ class OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "_number"):
             os.close(self._number)
+
+
+def _no_labels(labels: str | Path, folder: Path) -> str:
+    """What to say of labels that are not there: those that are, and how others are made."""
+    there = sorted(one.parent.name for one in folder.glob("labels/*/dataset.json"))
+    has = f"labels/ has {', '.join(there)}" if there else "the set has no labels/"
+    return (
+        f"no labels {labels}: {has}; make some with `semmae extract --relabel {folder} --out {folder}/labels/NAME` and "
+        "take --labels NAME, or give the folder of a label set"
+    )

@@ -141,7 +141,7 @@ def open_token_labeller(
     """
     if str(parts) in NAMES:
         if encoder is None:
-            raise ValueError(f"the baseline {parts} needs an --encoder")
+            raise ValueError(f"the baseline {parts} needs an --encoder, such as --encoder builtin")
         frozen = load_encoder(
             encoder, grid=grid or 28, block=block, mean=mean, std=std, device=device, precision=precision
         )

@@ -179,9 +179,14 @@ def test_g9_a_whole_set_is_no_label_set_of_another(base, mine):
         ShardSet.open(base, labels=mine)
 
 
-def test_labels_that_are_not_there_are_a_sentence(base):
-    with pytest.raises(FileNotFoundError, match="no shard set at nowhere"):
+def test_labels_that_are_not_there_are_a_sentence_that_names_those_that_are(base, labels, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no labels nowhere: the set has no labels/; make some with"):
         ShardSet.open(base, labels="nowhere")
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    shutil.copytree(labels, copy / "labels/mine")
+    with pytest.raises(FileNotFoundError, match="no labels nowhere: labels/ has mine; make some with"):
+        ShardSet.open(copy, labels="nowhere")
 
 
 def test_labels_alone_cannot_be_streamed_or_relabelled(labels, learned, tmp_path):
