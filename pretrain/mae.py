@@ -78,22 +78,22 @@ class MAE(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         ids_visible: Int64[Tensor, "batch visible"],
         ids_predicted: Int64[Tensor, "batch predicted"],
+        weights: Float[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean squared error over the predicted patches' target pixels, in fp32."""
+        """Mean squared error over the predicted patches' target pixels, in fp32. For `weights` see `encode`."""
         patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_predicted)
-        return F.mse_loss(predicted.float(), self.targets(patches, ids_predicted))
+        latent = self.encode(gather(patches, ids_visible), ids_visible, weights)
+        return self.losses(patches, self.decoder_tokens(latent, ids_visible, ids_predicted), ids_predicted).mean()
 
     def losses(
         self,
-        images: Float[Tensor, "batch 3 height width"],
-        ids_visible: Int64[Tensor, "batch visible"],
+        patches: Float[Tensor, "batch patches pixels"],
+        tokens: Float[Tensor, "batch length decoder_dim"],
         ids_predicted: Int64[Tensor, "batch predicted"],
     ) -> Float[Tensor, "batch predicted"]:
-        """Of each predicted patch, the mean squared error over its pixels, in fp32; their mean is `forward`."""
-        patches = patchify(images, self.patch)
-        predicted = self.predict(patches, ids_visible, ids_predicted)
-        return (predicted.float() - self.targets(patches, ids_predicted)).square().mean(dim=-1)
+        """Of each predicted patch, the mean squared error over its pixels, in fp32; `tokens` are `decoder_tokens`."""
+        predicted = self.decode(tokens, ids_predicted.shape[1]).float()
+        return (predicted - self.targets(patches, ids_predicted)).square().mean(dim=-1)
 
     def targets(
         self, patches: Float[Tensor, "batch patches pixels"], ids_predicted: Int64[Tensor, "batch predicted"]

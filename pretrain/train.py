@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from pretrain.config import PretrainConfig
 from pretrain.health import Health
 from pretrain.initialise import initialise
 from pretrain.mae import MAE
-from pretrain.masking.attmask import most_hints
 from pretrain.masking.batch import Masked
-from pretrain.masking.budget import masked_count
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.inputs import CPU, Inputs
-from pretrain.masking.patches import kept_count
+from pretrain.masking.refusals import refuse_what_does_not_fit
 from pretrain.masking.semmae import alpha_at
-from pretrain.masking.strategies import OF_ATTENTION, refuse_missing_labels
+from pretrain.masking.strategies import OF_ATTENTION
 from pretrain.memory import images_at_once
 from pretrain.objective import Objective, new_masking
 from pretrain.pictures import draw_pictures
@@ -31,7 +28,7 @@ from shards.batches import Batch
 from shards.shard_set import ShardSet
 from shards.stream import Stream
 from training import checkpoint, distributed
-from training.augment import IMAGENET_MEAN, IMAGENET_STD
+from training.augment import IMAGENET_MEAN, IMAGENET_STD, normalised, unit
 from training.contact_sheet import ROWS
 from training.device import autocast, computes_bf16, pick_device, plain_attention_on_cpu
 from training.loop import train
@@ -98,7 +95,7 @@ class Pretraining(Task):
     shown = ("loss", "lr", "alpha", "purity", "effective_rank", "feature_std", "knn")
 
     def __init__(self, config: PretrainConfig, shards: ShardSet):
-        _refuse_what_does_not_fit(config, shards)
+        refuse_what_does_not_fit(config, shards)
         self.config, self.shards = config, shards
         self.name, self.batch_size = f"pretrain {config.masking}", config.batch_size
         self.keep_last = config.run.keep_last
@@ -261,8 +258,8 @@ def masked_loss(model: nn.Module, masked: Masked, config: PretrainConfig, device
         model: An `Objective`, or what wraps one (DistributedDataParallel, torch.compile).
         masked: On the CPU or on the device.
     """
-    masked, (mean, std) = masked.to(device), _mean_and_std(device)
-    images = (masked.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    masked = masked.to(device)
+    images = normalised(unit(masked.images))
     with autocast(device, config.run.precision):
         return model(images, masked.ids_visible, masked.ids_predicted, *masked.extra)
 
@@ -280,43 +277,6 @@ def _what_fits(config: PretrainConfig, size: int, device: torch.device) -> int |
     bf16 = config.run.precision != "fp32" and computes_bf16(device)
     memory = torch.cuda.get_device_properties(device).total_memory
     return images_at_once(config, size, memory=memory, bf16=bf16)
-
-
-@cache
-def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the device, once: to bring them there in every step would let the host wait for it."""
-    mean, std = (torch.tensor(values, device=device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
-
-
-def _refuse_what_does_not_fit(config: PretrainConfig, shards: ShardSet) -> None:
-    refuse_missing_labels(config.masking, shards)
-    if shards.size % config.patch:
-        raise ValueError(f"--patch {config.patch} does not divide the {shards.size}-px images of {config.data}")
-    side = shards.size // config.patch
-    kept = kept_count((side, side), config.keep_share)
-    masked = masked_count(kept, config.mask_ratio)
-    if not 0 < masked < kept:
-        raise ValueError(
-            f"--mask-ratio {config.mask_ratio} masks {masked} of the {kept} patches kept of an image, expected at "
-            "least one masked and one visible; change it, or choose a smaller --patch or a larger --keep-share"
-        )
-    if config.predicted is not None and config.predicted > masked:
-        raise ValueError(
-            f"--predicted {config.predicted} is more than the {masked} patches that are masked of an image; leave it "
-            "out to predict all of them"
-        )
-    if config.mask_unit >= side:
-        raise ValueError(
-            f"--mask-unit {config.mask_unit} makes one square of an image of {side}x{side} patches, which masks as "
-            f"--mask-unit 1 does; choose one below {side}"
-        )
-    hints, most = int(config.hint_share * masked), most_hints(kept, masked)
-    if config.masking == "attmask-hint" and hints > most:
-        raise ValueError(
-            f"--hint-share {config.hint_share} shows {hints} of the {masked} masked patches of an image, and at most "
-            f"{most} can be shown; choose at most {most / masked:.3f}"
-        )
 
 
 def new_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:

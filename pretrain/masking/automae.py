@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pretrain.mae import MAE, gather, patchify
+from pretrain.mae import MAE
 from pretrain.masking.budget import lowest
 from pretrain.masking.config import MaskingConfig
 from pretrain.masking.discriminator import CORNERS, Discriminator, rectangles
@@ -146,10 +145,7 @@ class AutoMAE(Learned):
             weights = MASK_FACTOR * (logits + noise).softmax(dim=1).gather(1, ids_visible)
             said = self._discriminated(self._shown(logits, noise).unflatten(1, attention.shape[2:]))
             adversarial = (said - 1).square().mean()
-        patches = patchify(images, mae.patch)
-        latent = mae.encode(gather(patches, ids_visible), ids_visible, weights)
-        predicted = mae.decode(mae.decoder_tokens(latent, ids_visible, ids_predicted), ids_predicted.shape[1])
-        reconstruction = F.mse_loss(predicted.float(), mae.targets(patches, ids_predicted))
+        reconstruction = mae(images, ids_visible, ids_predicted, weights)
         self._terms.append(torch.stack([reconstruction, adversarial]).detach() * len(images) / self._images)
         return reconstruction + ADVERSARIAL * adversarial
 

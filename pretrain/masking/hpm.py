@@ -108,8 +108,7 @@ class HardPatches(Learned):
         patches, count = patchify(images, mae.patch), ids_predicted.shape[1]
         latent = mae.encode(gather(patches, ids_visible), ids_visible)
         tokens = mae.decoder_tokens(latent, ids_visible, ids_predicted)
-        target = mae.targets(patches, ids_predicted)
-        losses = (mae.decode(tokens, count).float() - target).square().mean(dim=-1)
+        losses = mae.losses(patches, tokens, ids_predicted)
         guessed, true = self.predictor(tokens)[:, -count:], losses.detach()
         by_teacher = extra[0].gather(1, ids_predicted)
         order = order_loss(guessed, true)

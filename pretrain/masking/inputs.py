@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pretrain.masking.budget import masked_count, purity_and_touched
@@ -89,15 +89,3 @@ class Inputs:
     @property
     def _ranks(self) -> Int64[Tensor, "batch cell_rows cell_cols"]:
         return torch.from_numpy(self.batch.fgrank).long().to(self.device)
-
-
-def inside_foreground(inputs: Inputs) -> Bool[Tensor, "batch kept"]:
-    """Patches that the labels do not call background; where no label is that, or --foreground-share says how many, the
-    best by rank."""
-    share = inputs.config.foreground_share
-    if share is None and inputs.background is not None:
-        return inputs.labels != inputs.background
-    count = max(1, round((share or 0.5) * inputs.rank.shape[1]))
-    order = inputs.rank.argsort(dim=1, stable=True)
-    best = torch.zeros_like(order, dtype=torch.bool)
-    return best.scatter_(1, order[:, :count], torch.ones_like(order[:, :count], dtype=torch.bool))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pretrain.masking import attmask, block, color_noise, foreground, random, semmae
 from pretrain.masking.inputs import Inputs
-from shards.shard_set import ShardSet
 
 Scores = Callable[[Inputs, float], Float[Tensor, "batch kept"]]
 
@@ -28,15 +27,6 @@ STRATEGIES: dict[str, Scores] = {
 }
 
 OF_PARTS = ("semmae",)
+"""Maskings that read part labels."""
 OF_ATTENTION = ("attmask-high", "attmask-low", "attmask-hint", "automae")
-
-
-def refuse_missing_labels(masking: str, shards: ShardSet) -> None:
-    """Raises ValueError where a set has not what the masking needs, with the command that makes it."""
-    if masking in OF_PARTS and shards.groups < 2:
-        raise ValueError(
-            f"--masking {masking} needs part labels, and {shards.path} has {shards.groups} group of them; make some "
-            f"with `semmae extract --relabel {shards.path} --out DIR` and take --labels DIR, or take --masking random"
-        )
-    if masking in OF_ATTENTION:
-        shards.refuse_no_attention()
+"""Maskings that read stored class attention."""
