@@ -33,6 +33,21 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load_tensors(checkpoint.find(run))[0]
 
 
+@pytest.mark.parametrize("stops", [[3], [1, 5]])
+def test_stopping_mid_epoch_and_resuming_gives_the_same_losses_bit_for_bit(stops, make_shards, tmp_path):
+    data = make_shards().path
+    pretrain(config(data, tmp_path / "straight"))
+
+    for stop in stops:
+        pretrain(config(data, tmp_path / "stopped"), stop_after_steps=stop)
+    pretrain(config(data, tmp_path / "stopped"))
+
+    straight, stopped = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)
+    logged = [[line["loss"] for line in read_metrics(tmp_path / run)] for run in ("straight", "stopped")]
+    assert logged[0] == logged[1]
+
+
 def test_a_finished_run_is_reused(make_shards, tmp_path):
     data = make_shards().path
     first = pretrain(config(data, tmp_path / "run"))
