@@ -1,101 +1,25 @@
 """The one loop: what it skips, when it ends, what it leaves, on one rank and on two."""
 
-import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from toy import STEPS, Toy, config_of, not_a_number_at, on_two_ranks, run
 
-from training import checkpoint, distributed
-from training.config import RunConfig
+from training import checkpoint
 from training.damage import MODEL
-from training.loop import MOST_SKIPPED, TERMINATED, train
+from training.loop import MOST_SKIPPED, TERMINATED
 from training.metrics import read_metrics
 from training.nonfinite import again
 from training.run_folder import opened
 from training.saving import save
-from training.task import Task
 from training.update import update
-
-STEPS = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class ToyConfig:
-    run: RunConfig
-    batch_size: int = 2
-
-
-class Toy(Task):
-    """One weight is drawn to 1, from every rank; `spoil(step)` is added to this rank's loss."""
-
-    name, batch_size = "toy", 2
-
-    def __init__(self, spoil: Callable[[int], float] = lambda step: 0.0, *, stays: tuple[int, ...] = ()):
-        self.kept, self.shown_at = stays, []
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.optimizer = torch.optim.AdamW([self.weight], lr=0.0, weight_decay=0.0)
-        self.spoil, self.accepted, self.open_files = spoil, [], 0
-
-    def rate(self, step: int) -> float:
-        return 0.1 / (1 + step)
-
-    def losses(self, step: int) -> Iterator[Tensor]:
-        yield (self.weight - 1).square().sum() * (1 + self.spoil(step))
-        distributed.average_gradients([self.weight])
-
-    def accept(self, step: int) -> None:
-        self.accepted.append(step)
-
-    def samples(self) -> dict:
-        return {"indices": [distributed.rank()]}
-
-    def stays(self, step: int) -> bool:
-        return step in self.kept
-
-    def show(self, step: int) -> None:
-        self.shown_at.append(step)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.weight.data}
-
-    def metadata(self) -> dict:
-        return {}
-
-    def load(self, tensors: dict[str, Tensor], state: dict) -> None:
-        self.weight.data.copy_(tensors["weight"])
-
-    def open(self, step: int) -> None:
-        self.open_files += 1
-
-    def close(self) -> None:
-        self.open_files -= 1
-
-    def report(self, step: int) -> dict:
-        return {"weight": self.weight.item()}
-
-
-def config_of(out: Path) -> ToyConfig:
-    return ToyConfig(RunConfig(out=out, device="cpu", checkpoint_minutes=1e9))
-
-
-def run(out: Path, task: Toy, stop: int | None = None) -> dict:
-    config = config_of(out)
-    with opened(config) as folder:
-        return train(task, folder, config.run, total=STEPS, stop_after_steps=stop)
-
-
-def not_a_number_at(*steps: int) -> Callable[[int], float]:
-    return lambda step: math.nan if step in steps else 0.0
 
 
 def test_a_gradient_that_is_not_finite_skips_its_step_and_nothing_else(tmp_path, capfd):
@@ -134,100 +58,6 @@ def test_what_a_skipped_step_saw_is_written_aside_and_computed_again(tmp_path, c
     assert all(map(math.isnan, spoilt))
     assert mended[0] == pytest.approx((straight.weight.item() - 1) ** 2)
     assert math.isfinite(mended[1])
-
-
-def test_a_torn_checkpoint_costs_its_steps_and_nothing_else(tmp_path, capfd):
-    run(tmp_path, Toy(), stop=5)
-    run(tmp_path, Toy(), stop=9)
-    torn = checkpoint.newest(tmp_path) / "state.pt"
-    torn.write_bytes(torn.read_bytes()[:-100])
-
-    task = Toy()
-    report = run(tmp_path, task)
-
-    said = capfd.readouterr().err
-    assert "step-00000009 is torn (state.pt is not what was written" in said
-    assert "goes on after 5 of 30 steps" in said
-    assert task.accepted == list(range(5, STEPS))
-    assert report == run(tmp_path / "straight", Toy())
-
-
-def killed_in_its_second_checkpoint(out: Path) -> None:
-    """In a process of its own: the state is half written when it dies."""
-    whole, saved = torch.save, []
-
-    def half(state: dict, path: Path) -> None:
-        whole(state, path)
-        saved.append(path)
-        if len(saved) == 2:
-            path.write_bytes(path.read_bytes()[:100])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = half
-    with opened(config_of(out)) as folder:
-        train(Toy(), folder, dataclasses.replace(config_of(out).run, checkpoint_minutes=0), total=STEPS)
-
-
-def test_a_kill_in_the_middle_of_a_checkpoint_resumes_to_the_same_weights(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=killed_in_its_second_checkpoint, args=(tmp_path,))
-    process.start()
-    process.join(timeout=60)
-
-    assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "checkpoints/.step-00000002.partial/state.pt").stat().st_size == 100
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000001"
-    assert run(tmp_path, Toy()) == run(tmp_path / "straight", Toy())
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-
-
-def test_checkpoints_that_stay_are_written_at_their_step_and_shown(tmp_path):
-    tasks = [Toy(stays=(4, 20, STEPS)), Toy(stays=(4, 20, STEPS))]
-    run(tmp_path, tasks[0], stop=20)
-    run(tmp_path, tasks[1])
-
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [f"step-{step:08d}" for step in (4, 20, STEPS)]
-    assert [task.shown_at for task in tasks] == [[4, 20], [STEPS]]
-
-
-class Drawn(Toy):
-    """Writes a picture where it is shown."""
-
-    def __init__(self, pictures: Path):
-        super().__init__(stays=(4, 20, STEPS))
-        self.pictures = pictures
-
-    def show(self, step: int) -> None:
-        self.pictures.mkdir(exist_ok=True)
-        (self.pictures / f"step-{step:08d}").touch()
-
-
-def killed_once_its_checkpoint_is_kept(out: Path, step: int) -> None:
-    """In a process of its own, which dies as soon as that checkpoint is in its place."""
-    replace = os.replace
-
-    def last(source: Path, target: Path) -> None:
-        replace(source, target)
-        if Path(target).name == f"step-{step:08d}":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = last
-    run(out, Drawn(out / "pictures"))
-
-
-@pytest.mark.parametrize("step", [4, STEPS])
-def test_a_kill_after_a_kept_checkpoint_loses_no_picture(step, tmp_path):
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=killed_once_its_checkpoint_is_kept, args=(tmp_path, step))
-    process.start()
-    process.join(timeout=60)
-    assert process.exitcode == -signal.SIGKILL
-    assert checkpoint.newest(tmp_path) == tmp_path / f"checkpoints/step-{step:08d}"
-
-    run(tmp_path, Drawn(tmp_path / "pictures"))
-
-    kept, drawn = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("checkpoints", "pictures"))
-    assert kept == drawn == [f"step-{step:08d}" for step in (4, 20, STEPS)]
 
 
 class Slow(Toy):
@@ -403,29 +233,6 @@ def test_a_weight_beside_the_model_that_is_not_finite_is_not_saved(tmp_path):
     assert checkpoint.newest(tmp_path / "other") is None
 
 
-def on_two_ranks(
-    folder: Path, spoil: Callable[[int], float] = lambda step: 0.0, outs: tuple[str, str] = ("run", "run")
-) -> list[int | None]:
-    """Exit codes of two processes that train the toy together, each in its folder; `spoil` is the second one's."""
-
-    def process(rank: int) -> None:
-        torch.set_num_threads(1)
-        store = dist.FileStore(str(folder / "store"), 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-        task = Toy(spoil if rank else lambda step: 0.0)
-        report = run(folder / outs[rank], task)
-        (folder / f"{rank}.json").write_text(json.dumps(report))
-
-    folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank,)) for rank in range(2)]
-    for one in processes:
-        one.start()
-    for one in processes:
-        one.join(timeout=60)
-    return [one.exitcode for one in processes]
-
-
 def test_one_ranks_bad_gradient_skips_the_step_on_both(tmp_path):
     assert on_two_ranks(tmp_path / "two", not_a_number_at(4)) == [0, 0]
 
@@ -444,13 +251,3 @@ def test_sigterm_to_one_rank_ends_both(tmp_path):
 
     assert checkpoint.newest(tmp_path / "two/run") == tmp_path / "two/run/checkpoints/step-00000007"
     assert not (tmp_path / "two/run/DONE.json").exists()
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_ranks_of_which_one_finds_no_checkpoint_are_refused(steps, tmp_path, capfd):
-    """A checkpoint of no steps is one."""
-    run(tmp_path / "two" / "main", Toy(), stop=steps)
-
-    assert on_two_ranks(tmp_path / "two", outs=("main", "elsewhere")) == [1, 1]
-
-    assert capfd.readouterr().err.count("the ranks see different checkpoints") == 2
