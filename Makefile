@@ -30,7 +30,7 @@ demo: venv
 	@$(BIN)/python -m pipeline demo $(if $(IMAGES),--images "$(IMAGES)" --out "runs/demo-$(notdir $(IMAGES:/=))")
 
 test: venv
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: venv
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"

@@ -1,7 +1,6 @@
 """Reading a whole shard set: one `pread` a sample, every checksum compared, safe from any thread."""
 
 import math
-import os
 import shlex
 import threading
 import zlib
@@ -19,6 +18,7 @@ from shards.cache import Cache
 from shards.errors import SampleError, ShardError
 from shards.index import Row, load_peaks, load_rows, read_column
 from shards.info import read_info
+from shards.open_file import OpenFile
 from shards.sample import HEADER, Sample, npy_header
 from shards.writer import shard_paths
 
@@ -251,7 +251,7 @@ class ShardSet:
         if self.labels:
             self.labels.refuse_missing()
 
-    def _file(self, shard: int) -> "OpenFile":
+    def _file(self, shard: int) -> OpenFile:
         """A tar, opened at the first use; the least recently used are let go."""
         with self._lock:
             file = self._files.pop(shard, None)
@@ -263,7 +263,7 @@ class ShardSet:
                 del self._files[next(iter(self._files))]
             return file
 
-    def _opened(self, shard: int) -> "OpenFile":
+    def _opened(self, shard: int) -> OpenFile:
         path = shard_paths(self.path, shard)[0]
         for _ in range(TRIES if self.cache else 1):  # another rank may make room between the copy and its opening
             if self.cache:
@@ -324,24 +324,6 @@ class _Form(NamedTuple):
 
 def _form(kind: np.dtype, shape: tuple[int, ...]) -> _Form:
     return _Form(npy_header(kind, shape), kind, shape, HEADER + math.prod(shape) * kind.itemsize)
-
-
-class OpenFile:
-    """An open file, closed when nobody holds it any more: a thread may be reading one that the set lets go."""
-
-    def __init__(self, path: Path):
-        self._number = os.open(path, os.O_RDONLY)
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._number, size, offset)
-
-    @property
-    def deleted(self) -> bool:
-        return os.fstat(self._number).st_nlink == 0
-
-    def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
 
 
 def _no_labels(labels: str | Path, folder: Path) -> str:

@@ -15,9 +15,10 @@ from shards.decode import decode_jpeg_into
 from shards.errors import SampleError, ShardError
 from shards.index import load_rows
 from shards.info import changed_fields, is_named, read_info
+from shards.open_file import OpenFile
 from shards.record import told_by_others
 from shards.sample import HEADER, check_attention, check_labels
-from shards.shard_set import OpenFile, ShardSet
+from shards.shard_set import ShardSet
 from shards.writer import BLOCK, header_of, shard_paths
 
 

@@ -21,7 +21,8 @@ from shards.atomic import read_json, write_json
 from shards.batches import Batch, in_order
 from shards.decode import decode_jpeg_into
 from shards.errors import SampleError, ShardError
-from shards.shard_set import OpenFile, ShardSet
+from shards.open_file import OpenFile
+from shards.shard_set import ShardSet
 from shards.stream import Stream
 
 
